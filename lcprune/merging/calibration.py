@@ -1,0 +1,283 @@
+"""What a model does on a few batches of text: the statistics that plans are made from.
+
+    collect(model, batches)       one pass, forward hooks -> LayerStats (cosines and angles of the residual stream)
+    PrefixCache(model, batches)   the stream before every layer, so that a candidate reruns only what it changes
+    Calibration                   both of these, and the original model's last state, for one planning session
+
+h_b is the residual stream at boundary b: h_0 the embeddings, h_b the output of layer b - 1. Layer outputs are read
+with hooks, because the last of Hugging Face's `hidden_states` is taken after the final norm. Legend: `B` batch,
+`T` tokens, `N` unmasked tokens of a batch, `D` hidden, `V` vocabulary, `L` layers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy
+from transformers import PreTrainedModel
+
+from lcprune.errors import InputError
+from lcprune.merging.architectures import LayerLayout, layout_of
+from lcprune.merging.lineage import MergeHistory
+
+Batch = Mapping[str, Tensor]
+"""`input_ids` [B, T]; `attention_mask` [B, T] and `labels` [B, T] (-100 = not scored) where they are needed."""
+
+HEAD_CHUNK = 1024
+"""Tokens whose logits exist at once when a loss is measured."""
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """How the residual stream changes over spans of layers, averaged over all calibration tokens."""
+
+    cosine: Mapping[int, tuple[float, ...]]
+    """Span n -> mean of cos(h_b, h_{b+n}) for b = 0 .. L-n."""
+    angle: Mapping[int, tuple[float, ...]]
+    """Span n -> mean of arccos(cos(h_b, h_{b+n})) / pi, in units of half a turn, for b = 0 .. L-n."""
+    tokens: int
+    """Number of tokens behind the means."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside the block; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def layer_outputs(layers: Sequence[nn.Module], wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collects h after the layers `wanted` (by index) during forward passes inside the block.
+
+    Example:
+        >>> with layer_outputs(model.model.layers, [3]) as states:
+        ...     model(input_ids)
+        >>> states[3].shape
+        torch.Size([B, T, D])
+    """
+    states: dict[int, Tensor] = {}
+
+    def keeper(index: int):  # noqa: ANN202 - the hook's type is torch's own
+        def keep(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            states[index] = stream_of(output)
+
+        return keep
+
+    handles = [layers[index].register_forward_hook(keeper(index)) for index in wanted]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stream_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The residual stream in what a decoder layer returns (some families return a tuple)."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The last state [B, T, D] after the final norm: the forward pass without the head."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    state: Tensor = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return state
+
+
+def token_loss(model: PreTrainedModel, state_BTD: Tensor, batch: Batch) -> tuple[float, int]:
+    """Sum of next-token cross-entropies in nats, and over how many tokens, from the last state.
+
+    Logits exist for `HEAD_CHUNK` tokens at a time. Without `labels` every token after the first is scored.
+    """
+    labels_BT = batch.get("labels", batch["input_ids"])
+    targets = labels_BT[:, 1:].reshape(-1).to(state_BTD.device)
+    states_ND = state_BTD[:, :-1].reshape(-1, state_BTD.shape[-1])
+    keep = targets != -100
+    states_ND, targets = states_ND[keep], targets[keep]
+    head = model.get_output_embeddings()
+    total = 0.0
+    for states, labels in zip(states_ND.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+        total += cross_entropy(head(states).float(), labels, reduction="sum").item()
+    return total, len(targets)
+
+
+def collect(model: PreTrainedModel, batches: Sequence[Batch], spans: Sequence[int] = (1,)) -> LayerStats:
+    """Runs the batches through the decoder and averages cosines and angles over all unmasked tokens.
+
+    Args:
+        model: A causal LM of a known family; not changed.
+        batches: Calibration batches.
+        spans: Distances in layers at which the stream is compared with itself; the longest decides how many
+            states [B, T, D] are alive at once.
+    """
+    layers = layout_of(model.config).layers_of(model)
+    depth, longest = len(layers), max(spans)
+    if not 1 <= min(spans) <= longest <= depth:
+        raise InputError(f"spans={list(spans)} must lie between 1 and the model's {depth} layers.")
+    sums = {n: torch.zeros(2, depth + 1 - n, dtype=torch.float64) for n in spans}
+    tokens = 0
+    window: dict[int, Tensor] = {}
+    mask: Tensor | None = None
+
+    def see(boundary: int, state_BTD: Tensor) -> None:
+        state_ND = (state_BTD[mask] if mask is not None else state_BTD.flatten(0, 1)).float()
+        window[boundary] = state_ND
+        for n in spans:
+            if boundary - n in window:
+                cos_N = cosine_similarity(window[boundary - n], state_ND, dim=-1).clamp(-1, 1)
+                sums[n][0, boundary - n] += cos_N.double().sum().cpu()
+                sums[n][1, boundary - n] += (cos_N.double().arccos() / torch.pi).sum().cpu()
+        window.pop(boundary - longest, None)
+
+    def before_first(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        see(0, args[0] if args else kwargs["hidden_states"])
+
+    def after(index: int):  # noqa: ANN202 - the hook's type is torch's own
+        return lambda module, args, output: see(index + 1, stream_of(output))
+
+    handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+    handles += [layer.register_forward_hook(after(index)) for index, layer in enumerate(layers)]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
+                window.clear()
+                hidden_states(model, batch)
+                tokens += int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    cosine = {n: tuple((total[0] / tokens).tolist()) for n, total in sums.items()}
+    angle = {n: tuple((total[1] / tokens).tolist()) for n, total in sums.items()}
+    return LayerStats(cosine, angle, tokens)
+
+
+class PrefixCache:
+    """The residual stream before every layer of a model, batch by batch.
+
+    A candidate that changes the model from layer `l` on is measured by running only the layers from there
+    (`LaCo`'s and `SLEB`'s searches). Memory: batches x (highest + 1) states [B, T, D].
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], highest: int) -> None:
+        """Runs the batches once.
+
+        Args:
+            model: A causal LM of a known family.
+            batches: Calibration batches.
+            highest: The last layer before which the stream is kept.
+        """
+        self._model, self._layout = model, layout_of(model.config)
+        self._batches = batches
+        self._states: list[list[Tensor]] = []
+        # Masks and rotary embeddings differ between layer types, so each layer's own arguments are kept. They are
+        # found by the module, not by its number: numbers move when layers go, modules do not.
+        self._arguments: list[dict[nn.Module, Mapping[str, object]]] = []
+        self._record(highest)
+
+    def _record(self, highest: int) -> None:
+        layers = self._layout.layers_of(self._model)
+
+        def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
+            kept = dict(kwargs)
+            state = args[0] if args else kept.pop("hidden_states")
+            assert isinstance(state, Tensor)
+            self._arguments[-1][module] = kept
+            if len(self._states[-1]) <= highest:
+                self._states[-1].append(state)
+
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+        try:
+            with evaluating(self._model):
+                for batch in self._batches:
+                    self._states.append([])
+                    self._arguments.append({})
+                    hidden_states(self._model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forget_from(self, index: int) -> None:
+        """Frees the stream before layer `index` and later; for searches that only move towards the input."""
+        for states in self._states:
+            del states[index:]
+
+    def run(self, start: int, entry: int | None = None) -> Iterator[Tensor]:
+        """The last state [B, T, D] after the final norm, batch by batch, from layer `start` of the model as it is.
+
+        Args:
+            start: First layer that runs, numbered as the layers stand now.
+            entry: Which cached stream it gets: the one before layer `entry` of the model that was recorded
+                (default: `start`). `run(l + 1, entry=l)` is the model without layer l.
+        """
+        norm = self._model.get_submodule(self._layout.final_norm)
+        layers = self._layout.layers_of(self._model)
+        for states, arguments in zip(self._states, self._arguments, strict=True):
+            with evaluating(self._model):
+                state = states[start if entry is None else entry]
+                for layer in layers[start:]:
+                    state = stream_of(layer(state, **arguments[layer]))
+                state = norm(state)
+            yield state
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything a planner may look at: the model as it stands, the text, the original model, the history so far."""
+
+    model: PreTrainedModel
+    """The student that will be merged; planners leave it as they found it."""
+    batches: Sequence[Batch]
+    """Calibration batches."""
+    original: PreTrainedModel | None = None
+    """The model before its first merge, if `model` has been merged already."""
+    history: MergeHistory | None = None
+    """How `model` came from the original; None = not merged yet."""
+    _stats: dict[tuple[int, ...], LayerStats] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.batches:
+            raise InputError("There are no calibration batches: set data.calibration_blocks to 1 or more.")
+
+    @property
+    def layout(self) -> LayerLayout:
+        """The record of the model's family."""
+        return layout_of(self.model.config)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers the model has now."""
+        return len(self.layout.layers_of(self.model))
+
+    @property
+    def lineage(self) -> tuple[tuple[int, ...], ...]:
+        """Teacher layers of every layer the model has now."""
+        return self.history.lineage if self.history is not None else MergeHistory(self.depth).lineage
+
+    def stats(self, *spans: int) -> LayerStats:
+        """`collect` for these spans, once."""
+        if spans not in self._stats:
+            self._stats[spans] = collect(self.model, self.batches, spans)
+        return self._stats[spans]
+
+    @cached_property
+    def reference(self) -> tuple[Tensor, ...]:
+        """The original model's last states [B, T, D], after the final norm, batch by batch."""
+        model = self.original if self.original is not None else self.model
+        with evaluating(model):
+            return tuple(hidden_states(model, batch) for batch in self.batches)
+
+    def prefixes(self, highest: int) -> PrefixCache:
+        """The stream before layers 0 .. `highest` of the model as it is."""
+        return PrefixCache(self.model, self.batches, highest)

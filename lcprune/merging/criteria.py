@@ -1,0 +1,109 @@
+"""How safe it is to lose a layer. One sense everywhere: **lower = safer to merge**.
+
+    BlockInfluence     E(1 - cos(h_l, h_{l+1}))                                     ShortGPT, arXiv:2403.03853, eq. 1
+    AngularDistance    E(arccos(cos(h_l, h_{l+n})) / pi)                            Gromov et al., arXiv:2403.17887
+    OutputSimilarity   1 - mean cosine of the flattened last states, trial against the original
+                                                                                    LaCo, arXiv:2402.11187, section 2.3
+    TrialPerplexity    exp of the mean next-token loss without the layer            SLEB, arXiv:2402.09025
+
+The first two read one pass of statistics; the last two try every layer out. Averages run over all calibration
+tokens. Cosines alone are poor judges: look at a loss beside them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import exp
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from lcprune.errors import InputError
+from lcprune.merging.calibration import Calibration, token_loss
+
+
+class Criterion:
+    """Scores every layer of a model; subclasses are frozen dataclasses with a `score` method."""
+
+    def score(self, calibration: Calibration) -> tuple[float, ...]:
+        """One score per layer, in order; lower = safer to merge."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BlockInfluence(Criterion):
+    """How much a layer turns the residual stream: mean of 1 - cos(input, output) (ShortGPT)."""
+
+    def score(self, calibration: Calibration) -> tuple[float, ...]:
+        """1 - mean cosine over all tokens."""
+        return tuple(1 - cosine for cosine in calibration.stats(1).cosine[1])
+
+
+@dataclass(frozen=True)
+class AngularDistance(Criterion):
+    """Mean angle between the stream before layer l and after layer l + span - 1, in half turns (2403.17887)."""
+
+    span: int = 1
+    """Number of layers between the two states; entry l of the scores is about layers l .. l + span - 1."""
+
+    def __post_init__(self) -> None:
+        if self.span < 1:
+            raise InputError(f"span={self.span} of AngularDistance must be at least 1.")
+
+    def score(self, calibration: Calibration) -> tuple[float, ...]:
+        """Mean of arccos(cos) / pi over all tokens; `span - 1` fewer entries than layers."""
+        return calibration.stats(self.span).angle[self.span]
+
+
+class TrialCriterion(Criterion):
+    """Judges a whole model by its last states, and a layer by the model without it."""
+
+    def measure(self, calibration: Calibration, states: Iterable[Tensor]) -> float:
+        """The figure for a candidate.
+
+        Args:
+            calibration: Text and original model.
+            states: The candidate's last states [B, T, D] after the final norm, batch by batch.
+        """
+        raise NotImplementedError
+
+    def score(self, calibration: Calibration) -> tuple[float, ...]:
+        """The figure of the model without each layer in turn; earlier layers are not run again."""
+        prefixes = calibration.prefixes(calibration.depth - 1)
+        return tuple(
+            self.measure(calibration, prefixes.run(index + 1, entry=index)) for index in range(calibration.depth)
+        )
+
+
+@dataclass(frozen=True)
+class OutputSimilarity(TrialCriterion):
+    """1 - cosine between the candidate's and the original's last states, flattened per sequence (LaCo)."""
+
+    def measure(self, calibration: Calibration, states: Iterable[Tensor]) -> float:
+        """1 - mean over sequences of the cosine of flattened [T * D] states."""
+        total, count = 0.0, 0
+        for state_BTD, original_BTD in zip(states, calibration.reference, strict=True):
+            original = original_BTD.to(state_BTD.device).flatten(1).float()
+            cos_B = cosine_similarity(state_BTD.flatten(1).float(), original, dim=-1)
+            total, count = total + cos_B.sum().item(), count + len(cos_B)
+        return 1 - total / count
+
+
+@dataclass(frozen=True)
+class TrialPerplexity(TrialCriterion):
+    """Perplexity of the model without the layer, on the calibration text (SLEB)."""
+
+    def measure(self, calibration: Calibration, states: Iterable[Tensor]) -> float:
+        """exp(mean cross-entropy of the next token in nats)."""
+        total, count = 0.0, 0
+        for state_BTD, batch in zip(states, calibration.batches, strict=True):
+            loss, tokens = token_loss(calibration.model, state_BTD, batch)
+            total, count = total + loss, count + tokens
+        return perplexity(total, count)
+
+
+def perplexity(loss: float, tokens: int) -> float:
+    """exp(loss / tokens), infinite instead of an overflow."""
+    try:
+        return exp(loss / tokens)
+    except OverflowError:
+        return float("inf")

@@ -1,0 +1,206 @@
+"""What was merged, in which order, and from which teacher layers every student layer descends.
+
+A `MergeStep` is one merge: a run of consecutive student layers becomes one. A `MergeHistory` is the sequence of them,
+starting from the teacher's depth; a plan is the same value before it is executed. The lineage is never stored, it is
+derived by replaying the groups:
+
+    depth 6, groups (3, 4) then (1, 2, 3):   0 1 2 3 4 5 -> 0 1 2 [3 4] 5 -> 0 [1 2 3 4] 5
+                                             lineage = ((0,), (1, 2, 3, 4), (5,))
+
+Standard library only, so that a plan can be read, edited and checked where torch is not installed.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from lcprune.errors import InputError
+
+Lineage = tuple[tuple[int, ...], ...]
+"""For every student layer the consecutive teacher layers it descends from, in order; a partition of the teacher."""
+
+FORMAT = 1
+"""Version of the JSON form; a reader refuses a newer one."""
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """One merge: the student layers of `group` become one layer, in the place of the first.
+
+    Example:
+        >>> MergeStep(group=(3, 4), operator={"class_path": "Drop"}, shares=(1.0, 0.0))
+    """
+
+    group: tuple[int, ...]
+    """Consecutive student layer indices, as they are numbered when this step begins; the first is the base."""
+    operator: Mapping[str, object]
+    """The operator as `{"class_path": ..., "init_args": {...}}`."""
+    shares: tuple[float, ...]
+    """Fraction of every member, in the order of `group`; not negative, sums to 1."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """What the planner saw: criterion or similarity by name."""
+    global_step: int | None = None
+    """Optimizer step after which the merge happened; None outside training."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """Figures taken right after the merge, by metric name."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group", tuple(self.group))
+        object.__setattr__(self, "shares", tuple(float(share) for share in self.shares))
+        consecutive = all(right == left + 1 for left, right in zip(self.group, self.group[1:], strict=False))
+        if len(self.group) < 2 or not consecutive or self.group[0] < 0:
+            raise InputError(
+                f"group={list(self.group)} is not a run of two or more consecutive layers from 0 on: "
+                "write it like [12, 13, 14]."
+            )
+        if len(self.shares) != len(self.group) or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise InputError(
+                f"shares={list(self.shares)} of group {list(self.group)} must be {len(self.group)} numbers, "
+                "none negative, that sum to 1."
+            )
+        if not isinstance(self.operator.get("class_path"), str):
+            raise InputError(f"operator={dict(self.operator)} of group {list(self.group)} lacks its class_path.")
+
+    @property
+    def base(self) -> int:
+        """The student layer whose place and parameters the merged layer takes."""
+        return self.group[0]
+
+    @property
+    def absorbed(self) -> int:
+        """How many layers the merge takes away."""
+        return len(self.group) - 1
+
+
+@dataclass(frozen=True)
+class MergeHistory:
+    """The merges that led from a teacher of `teacher_depth` layers to the student, oldest first."""
+
+    teacher_depth: int
+    """Number of decoder layers of the original model."""
+    steps: tuple[MergeStep, ...] = ()
+    """The merges in the order in which they happened (or will happen, for a plan)."""
+    teacher: str = ""
+    """Name or path of the original model."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(self.steps))
+        if self.teacher_depth < 1:
+            raise InputError(f"teacher_depth={self.teacher_depth} must be at least 1.")
+        depth = self.teacher_depth
+        for step in self.steps:
+            if step.group[-1] >= depth:
+                raise InputError(
+                    f"group={list(step.group)} reaches past the last layer {depth - 1}: groups are numbered "
+                    "as the layers stand when their merge begins, after the merges before it."
+                )
+            depth -= step.absorbed
+
+    @property
+    def depth(self) -> int:
+        """Number of layers after all steps."""
+        return self.teacher_depth - sum(step.absorbed for step in self.steps)
+
+    @property
+    def lineage(self) -> Lineage:
+        """Teacher layers of every student layer, in order."""
+        layers: list[tuple[int, ...]] = [(index,) for index in range(self.teacher_depth)]
+        for step in self.steps:
+            merged = tuple(member for index in step.group for member in layers[index])
+            layers[step.group[0] : step.group[-1] + 1] = [merged]
+        return tuple(layers)
+
+    @property
+    def digest(self) -> str:
+        """Hash of what was merged how; equal on all ranks, or they have diverged."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def append(self, step: MergeStep) -> "MergeHistory":
+        """This history with one more step; raises InputError if the step does not fit the depth."""
+        return replace(self, steps=(*self.steps, step))
+
+    def extend(self, steps: Iterable[MergeStep]) -> "MergeHistory":
+        """This history with several more steps."""
+        return replace(self, steps=(*self.steps, *steps))
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain lists, dicts, strings and numbers."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> "MergeHistory":
+        """The history written by `to_dict`; raises InputError naming the field that does not fit."""
+        return _parse(data)
+
+    def to_json(self) -> str:
+        """Stable, indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "MergeHistory":
+        """The history written by `to_json`; raises InputError if the text is not such JSON."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"This plan or history is not JSON ({error}).") from error
+        return _parse(data)
+
+    @classmethod
+    def load(cls, path: Path) -> "MergeHistory":
+        """Reads a plan or history file; raises InputError naming the file."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"The plan or history file {path} cannot be read ({error.strerror}).") from error
+        except (InputError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: {error}") from error
+
+
+def _parse(data: object) -> MergeHistory:
+    if not isinstance(data, Mapping):
+        raise InputError(f"A plan or history is a JSON object, not {type(data).__name__}.")
+    version = data.get("format")
+    if version != FORMAT:
+        raise InputError(f"format={version!r} of this plan or history is not {FORMAT}, the one this version reads.")
+    depth = data.get("teacher_depth")
+    if not isinstance(depth, int) or isinstance(depth, bool):
+        raise InputError(f"teacher_depth={depth!r} must be a whole number of layers.")
+    teacher = data.get("teacher", "")
+    if not isinstance(teacher, str):
+        raise InputError(f"teacher={teacher!r} must be the name of a model.")
+    steps = data.get("steps", ())
+    if not isinstance(steps, list | tuple):
+        raise InputError(f"steps={steps!r} must be a list of merge steps.")
+    return MergeHistory(depth, tuple(_parse_step(index, step) for index, step in enumerate(steps)), teacher)
+
+
+def _parse_step(index: int, data: object) -> MergeStep:
+    if not isinstance(data, Mapping):
+        raise InputError(f"steps[{index}] is a JSON object, not {type(data).__name__}.")
+    known = set(MergeStep.__dataclass_fields__)
+    wrong = [key for key in data if key not in known]
+    if wrong:
+        raise InputError(f"steps[{index}] has the unknown key {wrong[0]!r}; known are {', '.join(sorted(known))}.")
+    group, shares = data.get("group"), data.get("shares")
+    operator, scores, measured = data.get("operator"), data.get("scores", {}), data.get("measured", {})
+    global_step = data.get("global_step")
+    if not _is_list_of(group, int):
+        raise InputError(f"steps[{index}].group={group!r} must be a list of layer numbers.")
+    if shares is None and isinstance(group, list | tuple) and group:
+        shares = [1 / len(group)] * len(group)
+    if not _is_list_of(shares, int | float):
+        raise InputError(f"steps[{index}].shares={shares!r} must be a list of numbers.")
+    for name, value in (("operator", operator), ("scores", scores), ("measured", measured)):
+        if not isinstance(value, Mapping):
+            raise InputError(f"steps[{index}].{name}={value!r} must be an object.")
+    if global_step is not None and not isinstance(global_step, int):
+        raise InputError(f"steps[{index}].global_step={global_step!r} must be a whole number or null.")
+    return MergeStep(tuple(group), operator, tuple(shares), scores, global_step, measured)  # type: ignore[arg-type]
+
+
+def _is_list_of(value: object, kind: object) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(item, kind) and not isinstance(item, bool) for item in value  # type: ignore[arg-type]
+    )

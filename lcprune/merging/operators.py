@@ -1,0 +1,174 @@
+"""How the weights of k consecutive layers become the weights of one: pure functions of tensors.
+
+An operator sees the members' parameters by name (`self_attn.q_proj.weight` ...), their shares and the family's
+record, and returns tensors of the same names and shapes; it never writes to what it is given. Legend: theta_k is a
+parameter of member k, theta_0 of the base.
+
+    Drop              theta_j, j = the member that is kept                       ShortGPT, arXiv:2403.03853
+    Rdsc              theta_0 + sum_k (theta_k - theta_0)                        LaCo, arXiv:2402.11187, eq. 1
+    ReplaceWithLast   theta_last                                                 LaCo's published notebooks
+    WeightedAverage   sum_k share_k theta_k                                      MKA, arXiv:2406.16330
+
+`Rdsc`, `ReplaceWithLast` and `WeightedAverage` act on the linear projections (with their biases); the norms of the
+base are kept, as LaCo does.
+"""
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lcprune.errors import InputError
+from lcprune.merging.architectures import LayerLayout
+
+LayerTensors = Mapping[str, Tensor]
+"""A layer's parameters by their names inside the layer."""
+
+
+class Operator:
+    """k layers in, one layer out. Subclasses are frozen dataclasses with a `merge` method."""
+
+    elementwise: ClassVar[bool] = False
+    """Whether members are added entry by entry, which needs aligned weights to make sense."""
+
+    def merge(
+        self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout
+    ) -> dict[str, Tensor]:
+        """The merged layer's tensors.
+
+        Args:
+            members: Parameters of the k members, the base first; equal names and shapes; left untouched.
+            shares: One fraction per member, summing to 1.
+            layout: The family's record.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Drop(Operator):
+    """Keeps one member whole and discards the others (ShortGPT, arXiv:2403.03853)."""
+
+    keep: Literal["strongest", "first", "last"] = "strongest"
+    """Which member stays: the one with the largest share (the earliest among equals), the first, or the last."""
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("strongest", "first", "last"):
+            raise InputError(f"keep={self.keep!r} of Drop must be strongest, first or last.")
+
+    def merge(
+        self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout
+    ) -> dict[str, Tensor]:
+        """The kept member's tensors."""
+        last = len(members) - 1
+        kept = {"strongest": max(range(len(members)), key=lambda k: (shares[k], -k)), "first": 0, "last": last}
+        return {name: tensor.clone() for name, tensor in members[kept[self.keep]].items()}
+
+
+@dataclass(frozen=True)
+class Rdsc(Operator):
+    """Reserving the differences while seeking common: the base plus every difference to it (LaCo, eq. 1).
+
+    The formula as printed. Weights of adjacent layers are nearly orthogonal, so the sum over k members has about
+    sqrt((k-1)**2 + (k-2)**2) times the norm of one: expect to need training or a refit behind it.
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    def merge(
+        self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout
+    ) -> dict[str, Tensor]:
+        """theta_0 + sum over k of (theta_k - theta_0), accumulated in float32; norms of the base."""
+        base = members[0]
+        merged = {}
+        for name, theta in base.items():
+            total = theta.to(_accumulator(theta), copy=True)
+            if not layout.is_norm(name):
+                for member in members[1:]:
+                    total += member[name].to(total.dtype) - theta.to(total.dtype)
+            merged[name] = total.to(theta.dtype)
+        return merged
+
+
+@dataclass(frozen=True)
+class ReplaceWithLast(Operator):
+    """Linear projections of the last member, norms of the base: what LaCo's published code computes.
+
+    It subtracts from a base that it has already overwritten, so that the sum telescopes; LaCo's published
+    thresholds belong to this operator, not to `Rdsc`.
+    """
+
+    def merge(
+        self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout
+    ) -> dict[str, Tensor]:
+        """theta_last for projections, theta_0 for norms."""
+        base, last = members[0], members[-1]
+        return {name: (base if layout.is_norm(name) else last)[name].clone() for name in base}
+
+
+@dataclass(frozen=True)
+class WeightedAverage(Operator):
+    """Average of the members' projections by their shares, norms of the base (after MKA, arXiv:2406.16330)."""
+
+    elementwise: ClassVar[bool] = True
+
+    def merge(
+        self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout
+    ) -> dict[str, Tensor]:
+        """sum over k of share_k theta_k, written as theta_0 + sum of share_k (theta_k - theta_0)."""
+        base = members[0]
+        merged = {}
+        for name, theta in base.items():
+            total = theta.to(_accumulator(theta), copy=True)
+            if not layout.is_norm(name):
+                for share, member in zip(shares[1:], members[1:], strict=True):
+                    total += share * (member[name].to(total.dtype) - theta.to(total.dtype))
+            merged[name] = total.to(theta.dtype)
+        return merged
+
+
+def _accumulator(theta: Tensor) -> torch.dtype:
+    return torch.promote_types(theta.dtype, torch.float32)
+
+
+def spec_of(operator: Operator) -> dict[str, object]:
+    """The operator as plain data, for a plan: `{"class_path": ..., "init_args": {...}}`."""
+    kind = type(operator)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(operator)}  # type: ignore[call-overload]
+
+
+def from_spec(spec: Mapping[str, object]) -> Operator:
+    """The operator that `spec_of` described; a bare class name means one of this module.
+
+    A plan is data from outside, so it can name only operators of lcprune or of a module that the program has
+    imported by itself.
+
+    Raises:
+        InputError: If the class is not an operator or does not take the arguments.
+    """
+    class_path, init_args = str(spec.get("class_path")), spec.get("init_args") or {}
+    module_name, _, name = class_path.rpartition(".")
+    if module_name in ("", "lcprune"):
+        module_name = __name__
+    if module_name.startswith("lcprune."):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            module = None
+    else:
+        module = sys.modules.get(module_name)
+    kind = getattr(module, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Operator) and kind is not Operator):
+        known = ", ".join(sorted(sub.__name__ for sub in Operator.__subclasses__()))
+        raise InputError(f"operator class_path={class_path!r} is not an operator; known are {known}.")
+    fields = getattr(kind, "__dataclass_fields__", {})
+    unknown = [key for key in init_args if key not in fields] if isinstance(init_args, Mapping) else ["init_args"]
+    if unknown:
+        allowed = ", ".join(fields) or "none"
+        raise InputError(f"operator {name} does not take {unknown[0]!r}; its arguments are: {allowed}.")
+    operator = kind(**init_args)  # type: ignore[arg-type]
+    assert isinstance(operator, Operator)
+    return operator

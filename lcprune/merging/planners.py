@@ -1,0 +1,246 @@
+"""Which layers merge: from a budget to a plan.
+
+    FixedPlan          the groups that the user names
+    OneShotRanking     the n lowest-scoring layers go into the layer before them    ShortGPT, arXiv:2403.03853
+    ContiguousBlock    the n layers in a row that turn the stream least             Gromov et al., arXiv:2403.17887
+    ThresholdPlanner   merges from the top down while the output stays alike        LaCo, arXiv:2402.11187, Algorithm 1
+
+A planner returns MergeSteps, plain data that nothing has happened to yet: print it, edit it, execute it. It may try
+merges out on the model and always gives it back bit for bit. A layer that "goes" is merged into the layer before
+it, so that the lineage says which teacher state the survivor has to reach; with `Drop` the survivor's weights stay.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from torch.nn.functional import cosine_similarity
+
+from lcprune.errors import InputError
+from lcprune.merging import surgery
+from lcprune.merging.calibration import Calibration
+from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity
+from lcprune.merging.lineage import MergeStep
+from lcprune.merging.operators import Operator, spec_of
+
+
+class Planner:
+    """From a model and a target depth to merge steps. Subclasses are frozen dataclasses with a `plan` method."""
+
+    def check(self, depth: int, target: int) -> None:
+        """Raises InputError for what can be known to fail from the depths alone, before weights are loaded."""
+
+    def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
+        """The steps that take the model from its depth to `target` layers, or as near as the method allows.
+
+        Args:
+            calibration: The model as it stands, left as it is, and the text to judge by.
+            operator: How a group will be merged.
+            target: Number of layers wanted.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FixedPlan(Planner):
+    """The groups that the user names, in the order named, for as long as the target depth is not passed."""
+
+    groups: list[list[int]]
+    """Runs of consecutive layers of the *teacher*, disjoint, e.g. [[24, 25], [12, 13, 14]]."""
+
+    def __post_init__(self) -> None:
+        flat = [layer for group in self.groups for layer in group]
+        for group in self.groups:
+            if len(group) < 2 or group != list(range(group[0], group[0] + len(group))) or group[0] < 0:
+                raise InputError(f"groups: {group} must be two or more consecutive layer numbers like [12, 13, 14].")
+        if not self.groups or len(flat) != len(set(flat)):
+            raise InputError(f"groups={self.groups} must name at least one group and no layer twice.")
+
+    def check(self, depth: int, target: int) -> None:
+        """The named layers exist and are enough for the target."""
+        highest = max(group[-1] for group in self.groups)
+        if highest >= depth:
+            raise InputError(f"groups: layer {highest} does not exist, the model has layers 0 to {depth - 1}.")
+        reached = depth - sum(len(group) - 1 for group in self.groups)
+        if reached > target:
+            raise InputError(
+                f"groups={self.groups} leave {reached} layers, more than the target depth {target}: "
+                "name more groups or raise target_depth."
+            )
+
+    def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
+        """Groups not merged yet, renumbered as the layers stand when each is merged."""
+        lineage = list(calibration.lineage)
+        steps: list[MergeStep] = []
+        for group in self.groups:
+            places = [index for index, members in enumerate(lineage) if set(members) & set(group)]
+            if len(places) < 2 or len(lineage) - len(places) + 1 < target:
+                continue
+            steps.append(_step(places, operator, _uniform(places)))
+            lineage[places[0] : places[-1] + 1] = [tuple(m for index in places for m in lineage[index])]
+        return _with_weight_cosines(calibration, steps)
+
+
+@dataclass(frozen=True)
+class OneShotRanking(Planner):
+    """The n lowest-scoring layers, all judged at once, merge into the layer before them (ShortGPT)."""
+
+    criterion: Criterion = BlockInfluence()
+    """What scores the layers; shares within a group are in proportion to it, so that `Drop` keeps the survivor."""
+
+    def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
+        """One step per run of going layers with the layer before it (after it, when layer 0 goes)."""
+        scores = self.criterion.score(calibration)
+        ranking = sorted(range(calibration.depth), key=lambda layer: (scores[layer], layer))
+        going = set(ranking[: max(0, calibration.depth - target)])
+        name = type(self.criterion).__name__
+        steps = []
+        for group in reversed(_groups(going, calibration.depth)):
+            members = [scores[layer] for layer in group]
+            worst = {name: max(scores[layer] for layer in group if layer in going)}
+            steps.append(_step(group, operator, _proportional(members), worst))
+        return _with_weight_cosines(calibration, steps)
+
+
+@dataclass(frozen=True)
+class ContiguousBlock(Planner):
+    """The n layers in a row with the least angular distance merge into the layer before them (2403.17887).
+
+    As published, with `Drop(keep=first)`: the block goes, the layer before it stays as it is.
+    """
+
+    def check(self, depth: int, target: int) -> None:
+        """At least the layer before the block stays."""
+        if target < 1 or target >= depth:
+            raise InputError(f"target_depth={target} must lie between 1 and {depth - 1} for ContiguousBlock.")
+
+    def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
+        """One step of n + 1 members; a block never starts at layer 0, which reads the embeddings."""
+        n = calibration.depth - target
+        if n < 1:
+            return ()
+        angles = calibration.stats(n).angle[n]
+        start = min(range(1, len(angles)), key=lambda layer: (angles[layer], layer))
+        group = list(range(start - 1, start + n))
+        step = _step(group, operator, _uniform(group), {"AngularDistance": angles[start]})
+        return _with_weight_cosines(calibration, [step])
+
+
+@dataclass(frozen=True)
+class ThresholdPlanner(Planner):
+    """LaCo's Algorithm 1: slide down from the top, keep a merge if the output stays similar to the original's.
+
+    LaCo's settings: Llama2-7B C=4, L=1, H=32, I=2, T=0.65; Llama2-13B C=6, 1-40, I=2, T=0.75; Baichuan2-7B C=4,
+    1-32, I=2, T=0.70, all with the operator `ReplaceWithLast` that the published code computes.
+    """
+
+    layers_per_merge: int = 4
+    """C: how many layers become one; fewer where the top is nearer."""
+    lowest: int = 1
+    """L: the lowest layer that may be a base."""
+    highest: int | None = None
+    """H: the search starts at base H - C; None = the depth."""
+    interval: int = 2
+    """I: how far the base moves down after a merge."""
+    threshold: float = 0.65
+    """T: a merge is kept if the mean cosine of last states to the original's stays above this."""
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if self.layers_per_merge < 2:
+            wrong.append(f"layers_per_merge={self.layers_per_merge} must be at least 2")
+        if self.lowest < 0 or (self.highest is not None and self.highest <= self.lowest):
+            wrong.append(f"lowest={self.lowest} and highest={self.highest} must satisfy 0 <= lowest < highest")
+        if self.interval < 1:
+            wrong.append(f"interval={self.interval} must be at least 1")
+        if not -1 <= self.threshold <= 1:
+            wrong.append(f"threshold={self.threshold} must lie between -1 and 1, it is a cosine")
+        if wrong:
+            raise InputError(f"ThresholdPlanner: {'; '.join(wrong)}.")
+
+    def check(self, depth: int, target: int) -> None:
+        """The range lies inside the model."""
+        if self.lowest >= depth - 1:
+            raise InputError(f"lowest={self.lowest} leaves no layers to merge in a model of {depth}.")
+
+    def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
+        """Accepted merges in the order found; fewer than the target asks for if the threshold stops them."""
+        depth = calibration.depth
+        base = min(self.highest if self.highest is not None else depth, depth) - self.layers_per_merge
+        if base < self.lowest:
+            return ()
+        prefixes = calibration.prefixes(base)
+        criterion, steps = OutputSimilarity(), []
+        with ExitStack() as accepted:
+            while base >= self.lowest and depth > target:
+                prefixes.forget_from(base + 1)
+                absorbed = min(self.layers_per_merge - 1, depth - base - 1, depth - target)
+                group = list(range(base, base + absorbed + 1))
+                candidate = _step(group, operator, _uniform(group))
+                with ExitStack() as attempt:
+                    attempt.enter_context(surgery.trial(calibration.model, candidate))
+                    similarity = 1 - criterion.measure(calibration, prefixes.run(base))
+                    if similarity > self.threshold:
+                        accepted.push(attempt.pop_all())
+                        steps.append(replace(candidate, scores={"OutputSimilarity": 1 - similarity}))
+                        depth -= absorbed
+                if similarity > self.threshold:
+                    base = min(base - self.interval, depth - self.layers_per_merge)
+                else:
+                    base -= 1
+        return _with_weight_cosines(calibration, steps)
+
+
+def _step(
+    group: Sequence[int], operator: Operator, shares: Sequence[float], scores: dict[str, float] | None = None
+) -> MergeStep:
+    return MergeStep(tuple(group), spec_of(operator), tuple(shares), scores or {})
+
+
+def _groups(going: set[int], depth: int) -> list[list[int]]:
+    """Runs of going layers, each with the staying layer before it, or after it at the very front; in order."""
+    groups: list[list[int]] = []
+    for layer in range(depth):
+        if layer not in going or not groups:
+            groups.append([layer])
+        else:
+            groups[-1].append(layer)
+    if groups[0][0] in going and len(groups) > 1:
+        groups[:2] = [groups[0] + groups[1]]
+    return [group for group in groups if len(group) > 1]
+
+
+def _uniform(group: Sequence[int]) -> list[float]:
+    return [1 / len(group)] * len(group)
+
+
+def _proportional(scores: Sequence[float]) -> list[float]:
+    """Shares in proportion to non-negative scores; equal shares where there is nothing to go by."""
+    positive = [max(score, 0.0) for score in scores]
+    total = sum(positive)
+    if not 0 < total < float("inf"):
+        return _uniform(scores)
+    return [score / total for score in positive]
+
+
+def _with_weight_cosines(calibration: Calibration, steps: Sequence[MergeStep]) -> tuple[MergeStep, ...]:
+    """Adds the mean cosine between the weights of neighbours in a group, base to member, to each step's scores.
+
+    Near 0 for most trained models: it says when an elementwise operator is hopeless, and costs nothing.
+    """
+    layers = calibration.layout.layers_of(calibration.model)
+    origins = [(index,) for index in range(len(layers))]
+    noted = []
+    for step in steps:
+        bases = [dict(layers[origins[index][0]].named_parameters()) for index in step.group]
+        cosines = [
+            cosine_similarity(left[name].detach().flatten().float(), right[name].detach().flatten().float(), dim=0)
+            for left, right in zip(bases, bases[1:], strict=False)
+            for name in left
+            if left[name].dim() == 2
+        ]
+        mean = sum(cosine.item() for cosine in cosines) / len(cosines)
+        noted.append(replace(step, scores={**step.scores, "weight_cosine": mean}))
+        merged = tuple(origin for index in step.group for origin in origins[index])
+        origins[step.group[0] : step.group[-1] + 1] = [merged]
+    return tuple(noted)

@@ -1,0 +1,131 @@
+"""The only writer of a model's structure and merged weights.
+
+    apply     a merge for good: the operator's tensors move into the base's own Parameters, the absorbed layers leave
+    trial     the same merge for the length of a `with` block; afterwards the model is as it was, bit for bit
+    replay    a history's structure without its weights: what a checkpoint needs before it can be loaded
+
+Everything happens in place on the base layer: optimizers, DDP hooks and the output-capture hooks that transformers
+installs once per model hold on to that module and to its Parameters. The base's `.data` gets new storage, so that a
+teacher which shares tensors with the student is never written to, and so that undoing a trial is a matter of putting
+the old tensors back. Nothing copies a model: a merge needs room for one layer.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lcprune.errors import InputError
+from lcprune.merging.architectures import LayerLayout, layout_of
+from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.operators import from_spec
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a merge touched, for whoever keeps something by Parameter (an optimizer)."""
+
+    merged: tuple[nn.Parameter, ...]
+    """The base's Parameters, the same objects as before with new values."""
+    removed: tuple[nn.Parameter, ...]
+    """Parameters of the absorbed layers, no longer in the model."""
+
+
+def apply(model: PreTrainedModel, step: MergeStep) -> Outcome:
+    """Merges the layers of `step.group` into the first of them, in place.
+
+    Raises:
+        InputError: If the step does not fit the model's depth or names no operator.
+    """
+    layout = layout_of(model.config)
+    layers = layout.layers_of(model)
+    _check(step, len(layers))
+    members = [layers[index] for index in step.group]
+    with torch.no_grad():
+        tensors = [dict(member.named_parameters()) for member in members]
+        merged = from_spec(step.operator).merge(tensors, step.shares, layout)
+        for name, parameter in members[0].named_parameters():
+            assert merged[name].shape == parameter.shape, f"{step.operator} changed the shape of {name}"
+            parameter.data = merged[name]
+    _remove(model, layout, step)
+    removed = tuple(parameter for member in members[1:] for parameter in member.parameters())
+    return Outcome(tuple(members[0].parameters()), removed)
+
+
+def apply_all(model: PreTrainedModel, steps: Iterable[MergeStep]) -> None:
+    """Executes a plan's steps in order."""
+    for step in steps:
+        apply(model, step)
+
+
+@contextmanager
+def trial(model: PreTrainedModel, *steps: MergeStep) -> Iterator[None]:
+    """The model with `steps` applied, inside the block only; restored bit for bit even when the body raises.
+
+    Example:
+        >>> with trial(model, step):
+        ...     loss = evaluate(model)
+    """
+    layout = layout_of(model.config)
+    layers = layout.layers_of(model)
+    modules = list(layers)
+    lists = {name: copy.copy(getattr(model.config, name, None)) for name in layout.per_layer_fields}
+    touched: list[tuple[nn.Parameter, torch.Tensor]] = []
+    try:
+        for step in steps:
+            _check(step, len(layers))
+            touched += [(parameter, parameter.data) for parameter in layers[step.base].parameters()]
+            apply(model, step)
+        yield
+    finally:
+        for parameter, data in reversed(touched):
+            parameter.data = data
+        del layers[:]
+        layers.extend(modules)
+        setattr(model.config, layout.depth_field, len(modules))
+        for name, values in lists.items():
+            if values is not None:
+                setattr(model.config, name, values)
+        _renumber(layers, layout)
+
+
+def replay(model: PreTrainedModel, history: MergeHistory) -> None:
+    """Gives an unmerged model the structure that `history` left behind; weights are the loader's business.
+
+    Raises:
+        InputError: If the model does not have the teacher's depth.
+    """
+    layout = layout_of(model.config)
+    depth = len(layout.layers_of(model))
+    if depth != history.teacher_depth:
+        raise InputError(
+            f"The history starts from a model of {history.teacher_depth} layers, this one has {depth}: "
+            f"name the model it belongs to{f' ({history.teacher})' if history.teacher else ''}."
+        )
+    for step in history.steps:
+        _remove(model, layout, step)
+
+
+def _check(step: MergeStep, depth: int) -> None:
+    if step.group[-1] >= depth:
+        raise InputError(f"group={list(step.group)} does not fit a model of {depth} layers (0 to {depth - 1}).")
+
+
+def _remove(model: PreTrainedModel, layout: LayerLayout, step: MergeStep) -> None:
+    """Takes the absorbed layers out of the model, its config and the layers' own numbering."""
+    layers = layout.layers_of(model)
+    absorbed = set(step.group[1:])
+    kept = [index for index in range(len(layers)) if index not in absorbed]
+    layout.keep_layers(model.config, kept)
+    del layers[step.group[1] : step.group[-1] + 1]
+    _renumber(layers, layout)
+
+
+def _renumber(layers: nn.ModuleList, layout: LayerLayout) -> None:
+    for index, layer in enumerate(layers):
+        for name in layout.indexed:
+            setattr(layer.get_submodule(name), "layer_idx", index)  # noqa: B010 - mypy knows no such attribute
