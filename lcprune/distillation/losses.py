@@ -14,9 +14,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, linear, log_softmax
+from torch.nn.functional import cosine_similarity
 
-CHUNK = 512
+CHUNK = 256
 """Tokens whose logits exist at once."""
 
 
@@ -61,15 +61,20 @@ def head_loss(
 
     With N = 0 every term is 0 and the gradient is 0, not missing.
     """
-    divisor = torch.as_tensor(max(len(targets_N), 1) if count is None else count, dtype=torch.float32)
-    total, logits, labels = _ChunkedHead.apply(
-        student_ND,
-        student_VD,
-        teacher_ND.detach(),
-        teacher_VD.detach(),
-        targets_N,
-        _Settings(divisor.item(), logits_weight, labels_weight, temperature, chunk),
+    device = student_ND.device.type
+    autocast = torch.is_autocast_enabled(device)
+    settings = _Settings(
+        divisor=float(max(len(targets_N), 1) if count is None else count),
+        logits_weight=logits_weight,
+        labels_weight=labels_weight,
+        temperature=temperature,
+        chunk=chunk,
+        compute=torch.get_autocast_dtype(device) if autocast else student_ND.dtype,
     )
+    with torch.autocast(device, enabled=False):
+        total, logits, labels = _ChunkedHead.apply(
+            student_ND, student_VD, teacher_ND.detach(), teacher_VD.detach(), targets_N, settings
+        )
     return HeadLoss(total, logits.detach(), labels.detach())
 
 
@@ -80,36 +85,37 @@ class _Settings:
     labels_weight: float
     temperature: float
     chunk: int
+    compute: torch.dtype
 
 
 class _ChunkedHead(torch.autograd.Function):
     """Loss and gradient chunk by chunk; `backward` only scales what `forward` has computed."""
 
     @staticmethod
-    def forward(ctx, student_ND, student_VD, teacher_ND, teacher_VD, targets_N, settings):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+    def forward(ctx, student_ND, student_VD, teacher_ND, teacher_VD, targets_N, settings):  # type: ignore[no-untyped-def]
         needs_states, needs_head = ctx.needs_input_grad[:2]
         grad_states = torch.zeros_like(student_ND) if needs_states else None
-        grad_head = torch.zeros(student_VD.shape, dtype=torch.float32, device=student_VD.device) if needs_head else None
+        grad_head = torch.zeros_like(student_VD, dtype=torch.float32) if needs_head else None
         kl = torch.zeros((), dtype=torch.float32, device=student_ND.device)
         ce = torch.zeros_like(kl)
-        # One matmul dtype for head and states: that of the states, which autocast has set.
-        head_s, head_t = student_VD.to(student_ND.dtype), teacher_VD.to(teacher_ND.dtype)
+        head_s = student_VD.to(settings.compute)
+        head_t = teacher_VD.to(settings.compute)
+        scratch = _Scratch(min(settings.chunk, max(len(targets_N), 1)), student_VD, settings.compute)
         for begin in range(0, len(targets_N), settings.chunk):
             part = slice(begin, begin + settings.chunk)
-            logits_CV = linear(student_ND[part], head_s).float()
-            grad_CV = torch.zeros_like(logits_CV)
+            states_CD = student_ND[part].to(settings.compute)
+            logits_CV = scratch.matmul(0, states_CD, head_s)
+            grad_CV = scratch.empty(1, len(states_CD)).zero_()
             if settings.labels_weight:
-                ce += _add_cross_entropy(logits_CV, targets_N[part], settings.labels_weight, grad_CV)
+                ce += _cross_entropy(logits_CV, targets_N[part], settings, grad_CV, scratch)
             if settings.logits_weight:
-                teacher_CV = linear(teacher_ND[part], head_t).float()
-                kl += _add_forward_kl(logits_CV, teacher_CV, settings, grad_CV)
-                del teacher_CV
-            del logits_CV
-            grad_CV = grad_CV.div_(settings.divisor).to(student_ND.dtype)
+                teacher_CV = scratch.matmul(2, teacher_ND[part].to(settings.compute), head_t)
+                kl += _forward_kl(logits_CV, teacher_CV, settings, grad_CV, scratch)
+            grad_CV = grad_CV.div_(settings.divisor).to(settings.compute)
             if grad_states is not None:
                 grad_states[part] = grad_CV @ head_s
             if grad_head is not None:
-                grad_head += (grad_CV.t() @ student_ND[part]).float()
+                grad_head += grad_CV.t() @ states_CD
         ctx.save_for_backward(grad_states, grad_head)
         ctx.head_dtype = student_VD.dtype
         kl, ce = kl / settings.divisor, ce / settings.divisor
@@ -117,32 +123,82 @@ class _ChunkedHead(torch.autograd.Function):
         return settings.logits_weight * kl + settings.labels_weight * ce, kl, ce
 
     @staticmethod
-    def backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN205
+    def backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
         grad_states, grad_head = ctx.saved_tensors
-        states = None if grad_states is None else (grad_states * grad_total).to(grad_states.dtype)
+        states = None if grad_states is None else grad_states * grad_total.to(grad_states.dtype)
         head = None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype)
         return states, head, None, None, None, None
 
 
-def _add_cross_entropy(logits_CV: Tensor, targets_C: Tensor, weight: float, grad_CV: Tensor) -> Tensor:
-    """Sum of cross-entropies; adds weight * (softmax - onehot) to the gradient."""
-    log_p = log_softmax(logits_CV, dim=-1)
+class _Scratch:
+    """Four float32 buffers [C, V] that every chunk uses again.
+
+    On CPUs fresh pages for every temporary cost more than the arithmetic on them.
+    """
+
+    def __init__(self, chunk: int, head_VD: Tensor, compute: torch.dtype) -> None:
+        shape = (chunk, len(head_VD))
+        self._buffers = [torch.empty(shape, dtype=torch.float32, device=head_VD.device) for _ in range(4)]
+        low = compute != torch.float32
+        self._product = torch.empty(shape, dtype=compute, device=head_VD.device) if low else None
+
+    def empty(self, index: int, rows: int) -> Tensor:
+        """The first rows of a buffer, with whatever they hold."""
+        return self._buffers[index][:rows]
+
+    def matmul(self, index: int, states_CD: Tensor, head_VD: Tensor) -> Tensor:
+        """Logits [C, V] in float32, multiplied in the dtype of the states."""
+        rows = len(states_CD)
+        if self._product is None:
+            return torch.mm(states_CD, head_VD.t(), out=self.empty(index, rows))
+        torch.mm(states_CD, head_VD.t(), out=self._product[:rows])
+        return self.empty(index, rows).copy_(self._product[:rows])
+
+
+def _log_softmax_(logits_CV: Tensor, probabilities_CV: Tensor) -> None:
+    """Turns logits into log-probabilities in place and writes the probabilities beside them."""
+    logits_CV -= logits_CV.amax(-1, keepdim=True)
+    torch.exp(logits_CV, out=probabilities_CV)
+    normaliser = probabilities_CV.sum(-1, keepdim=True)
+    probabilities_CV /= normaliser
+    logits_CV -= normaliser.log_()
+
+
+def _dot(left_CV: Tensor, right_CV: Tensor) -> Tensor:
+    """Sum over V of the products, per row, without a temporary."""
+    return torch.bmm(left_CV[:, None], right_CV[:, :, None]).flatten()
+
+
+def _cross_entropy(
+    logits_CV: Tensor, targets_C: Tensor, settings: _Settings, grad_CV: Tensor, scratch: _Scratch
+) -> Tensor:
+    """Sum of cross-entropies; adds weight * (softmax - onehot) to the gradient; leaves the logits as they are."""
+    log_p, p = scratch.empty(2, len(logits_CV)).copy_(logits_CV), scratch.empty(3, len(logits_CV))
+    _log_softmax_(log_p, p)
     at_target = targets_C[:, None]
-    total = -log_p.gather(1, at_target).sum()
-    grad_CV += log_p.exp_().mul_(weight)
-    grad_CV.scatter_add_(1, at_target, torch.full_like(at_target, -weight, dtype=grad_CV.dtype))
-    return total
+    grad_CV.add_(p, alpha=settings.labels_weight)
+    grad_CV.scatter_add_(1, at_target, torch.full_like(at_target, -settings.labels_weight, dtype=grad_CV.dtype))
+    return -log_p.gather(1, at_target).sum()
 
 
-def _add_forward_kl(logits_CV: Tensor, teacher_CV: Tensor, settings: _Settings, grad_CV: Tensor) -> Tensor:
-    """Sum of temperature**2 * KL(teacher || student); adds weight * temperature * (p_s - p_t) to the gradient."""
-    log_s = log_softmax(logits_CV / settings.temperature, dim=-1)
-    log_t = log_softmax(teacher_CV / settings.temperature, dim=-1)
-    p_t = log_t.exp()
-    # Summed per token before it is rounded up to 0: rounding alone can make a tiny KL negative.
-    total = (p_t * log_t.sub_(log_s)).sum(-1).clamp_(min=0).sum() * settings.temperature**2
-    grad_CV += log_s.exp_().sub_(p_t).mul_(settings.logits_weight * settings.temperature)
-    return total
+def _forward_kl(
+    logits_CV: Tensor, teacher_CV: Tensor, settings: _Settings, grad_CV: Tensor, scratch: _Scratch
+) -> Tensor:
+    """Sum of temperature**2 * KL(teacher || student); adds its gradient; both logits are used up.
+
+    d/dz of temperature**2 * KL is temperature * (p_student - p_teacher).
+    """
+    temperature, weight = settings.temperature, settings.logits_weight * settings.temperature
+    if temperature != 1:
+        logits_CV /= temperature
+        teacher_CV /= temperature
+    probabilities = scratch.empty(3, len(logits_CV))
+    _log_softmax_(logits_CV, probabilities)
+    grad_CV.add_(probabilities, alpha=weight)
+    _log_softmax_(teacher_CV, probabilities)
+    grad_CV.sub_(probabilities, alpha=weight)
+    # Rounded up to 0 token by token: at equality rounding alone can make a tiny KL negative.
+    return _dot(probabilities, teacher_CV.sub_(logits_CV)).clamp_(min=0).sum() * temperature**2
 
 
 def boundary_loss(

@@ -1,0 +1,112 @@
+"""The command line: `lcprune COMMAND ...` and `lightning COMMAND ...`.
+
+Only a dispatcher: it imports nothing heavy, so that `--help` answers at once, and a command imports what it needs.
+Exit status: 0 done, 1 the machine's fault (disk, memory), 2 the user's mistake (one sentence on stderr), 130 stopped
+by the user. A defect of ours keeps its traceback.
+"""
+
+import errno
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+from lcprune import __version__
+from lcprune.errors import InputError
+
+HELP = f"""lcprune {__version__}: a causal LM 20-50 % shorter, taught by the original
+
+usage: lcprune COMMAND [--config RECIPE.yaml ...] [--help]
+
+with training (Lightning's own commands):
+  fit        merge layers while the student trains, then export it
+  validate   perplexity and agreement with the teacher on the validation text
+  test       the same on the test text
+  predict    let the student continue held-out text; writes predictions.jsonl
+
+without training:
+  collapse   plan, merge, export; --plan-only prints the plan, --plan FILE executes an edited one
+  score      every criterion over every layer
+  export     a checkpoint becomes a Hugging Face folder
+
+start here:
+  lcprune fit --config recipes/quickstart.yaml
+  lcprune COMMAND --help
+"""
+
+TRAINING = ("fit", "validate", "test", "predict")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"lcprune {__version__}")
+        return 0
+    try:
+        return _run(arguments[0], arguments[1:])
+    except InputError as error:
+        return _say(error, 2)
+    except KeyboardInterrupt:
+        return _say("stopped", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _say(error, 1)
+
+
+def lightning_main() -> int:
+    """The command `lightning`: Lightning's subcommands are ours, any other goes to lightning_sdk's own command."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in (*TRAINING, "-h", "--help"):
+        return main(arguments)
+    try:
+        from lightning_sdk.cli.entrypoint import main_cli
+    except ImportError:
+        return _say(
+            f"lightning {arguments[0]}: not one of {', '.join(TRAINING)}, and lightning_sdk, "
+            "which has other commands, is not installed.",
+            2,
+        )
+    main_cli()
+    return 0
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command in TRAINING:
+        from lcprune.cli.training import run
+    elif command in ("collapse", "score"):
+        from lcprune.cli.merging import run
+    elif command == "export":
+        from lcprune.cli.delivery import run
+    else:
+        from difflib import get_close_matches
+
+        known = (*TRAINING, "collapse", "score", "export")
+        near = get_close_matches(command, known, 1)
+        raise InputError(
+            f"{command!r} is not a command{f', did you mean {near[0]}?' if near else ';'} "
+            f"the commands are {', '.join(known)}."
+        )
+    run(command, arguments)
+    return 0
+
+
+def _say(message: object, status: int) -> int:
+    print(f"lcprune: {message}", file=sys.stderr)
+    return status
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the outcome of a run."""
+    names = ("lcprune", "torch", "lightning", "transformers")
+    return {name: importlib.metadata.version(name) for name in names}

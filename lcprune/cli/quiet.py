@@ -1,0 +1,32 @@
+"""Keeps the console for what concerns the user: no loading bars, no tips, no advice of libraries about themselves."""
+
+import logging
+import os
+import warnings
+
+
+def quieten() -> None:
+    """Silences transformers' bars and warnings and Lightning's hints; to be called once per command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from datasets.utils.logging import disable_progress_bar as no_data_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    no_data_bars()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_no_hints)
+    for pattern in (
+        r".*does not have many workers.*",
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r"Precision bf16-mixed is not supported by the model summary.*",
+        r"Checkpoint directory .* exists and is not empty.*",
+        r"Experiment logs directory .* exists and is not empty.*",
+        r"The number of training batches .* is smaller than the logging interval.*",
+        r"Found \d+ module\(s\) in eval mode.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+
+
+def _no_hints(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(("💡", "Seed set", "GPU available", "TPU available", "HPU available"))

@@ -1,0 +1,108 @@
+"""Rich tables: a plan, scores of layers, and what became of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lcprune.delivery.figures import Figures, ModelFigures
+from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.operators import from_spec
+
+ORTHOGONAL = 0.1
+"""Below this mean cosine between weights, adding or averaging them is hopeless without training."""
+
+
+def plan(history: MergeHistory) -> None:
+    """A plan or history, one row per merge, and a warning where the operator cannot work well."""
+    table = Table(title=f"{history.teacher_depth} layers -> {history.depth}", title_justify="left")
+    for heading in ("merge", "layers", "teacher layers", "operator", "shares", "scores"):
+        table.add_column(heading)
+    reached = MergeHistory(history.teacher_depth)
+    hopeless = []
+    for number, step in enumerate(history.steps, 1):
+        ancestors = [layer for index in step.group for layer in reached.lineage[index]]
+        operator = from_spec(step.operator)
+        table.add_row(
+            str(number),
+            _run(step.group),
+            _run(ancestors),
+            str(operator),
+            " ".join(f"{share:.2f}" for share in step.shares),
+            "  ".join(f"{name} {value:.4g}" for name, value in step.scores.items()),
+        )
+        if operator.elementwise and step.scores.get("weight_cosine", 1.0) < ORTHOGONAL:
+            hopeless.append(number)
+        reached = reached.append(step)
+    console = Console()
+    console.print(table)
+    if hopeless:
+        console.print(
+            f"[yellow]warning:[/] the weights in merge {', '.join(map(str, hopeless))} are nearly orthogonal "
+            f"(cosine below {ORTHOGONAL}): adding them entry by entry destroys both unless training follows."
+        )
+
+
+def scores(columns: Mapping[str, Sequence[float]]) -> None:
+    """Every criterion over every layer, lower = safer to merge, with a bar and the rank of the safest five."""
+    table = Table(title="lower = safer to merge", title_justify="left")
+    table.add_column("layer", justify="right")
+    for name in columns:
+        table.add_column(name)
+    for layer in range(max(len(values) for values in columns.values())):
+        table.add_row(str(layer), *(_cell(values, layer) for values in columns.values()))
+    Console().print(table)
+
+
+def closing(figures: Figures, out: Path) -> None:
+    """Depth, parameters, size, speed and perplexity: the teacher, after every merge, the student."""
+    table = Table(title="what became of it", title_justify="left")
+    for heading in ("", "layers", "parameters", "on disk", "tokens/s", "perplexity"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    teacher, student, final = figures.teacher, figures.student, figures.final
+    table.add_row(*_model_row("teacher", teacher, figures.speed["teacher"], final["val/teacher_perplexity"]))
+    reached = MergeHistory(figures.history.teacher_depth)
+    for step in figures.history.steps:
+        reached = reached.append(step)
+        if "val/perplexity" in step.measured:
+            when = "before training" if step.global_step is None else f"after the merge at step {step.global_step}"
+            table.add_row(when, str(reached.depth), "", "", "", f"{step.measured['val/perplexity']:.2f}")
+    table.add_row(*_model_row("student", student, figures.speed["student"], final["val/perplexity"]))
+    console = Console()
+    console.print(table)
+    console.print(_verdict(figures))
+    console.print(f"student: {out}", soft_wrap=True)
+
+
+def _verdict(figures: Figures) -> str:
+    final = figures.final["val/perplexity"]
+    measured = [step.measured["val/perplexity"] for step in figures.history.steps if "val/perplexity" in step.measured]
+    sentence = f"agrees with the teacher on {figures.final['val/agreement']:.1%} of the validation tokens"
+    if measured:
+        sentence = f"perplexity {final / measured[-1] - 1:+.0%} since the last merge; {sentence}"
+    return sentence
+
+
+def _model_row(name: str, model: ModelFigures, speed: float, value: float) -> tuple[str, ...]:
+    return (
+        name,
+        str(model.layers),
+        f"{model.parameters / 1e6:,.1f} M",
+        f"{model.bytes / 2**20:,.0f} MiB",
+        f"{speed:,.0f}",
+        f"{value:.2f}",
+    )
+
+
+def _cell(values: Sequence[float], layer: int) -> str:
+    if layer >= len(values):
+        return ""
+    low, high = min(values), max(values)
+    filled = 0 if high == low else round(10 * (values[layer] - low) / (high - low))
+    rank = sorted(values).index(values[layer]) + 1
+    return f"{values[layer]:10.4f} {'█' * filled:<10}{f' {rank}' if rank <= 5 else ''}"
+
+
+def _run(layers: Sequence[int]) -> str:
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])

@@ -1,0 +1,196 @@
+"""`fit`, `validate`, `test`, `predict`: LightningCLI around our module, data and callback.
+
+After `fit` the student is exported and a table says what became of it. The recipe is saved beside the metrics as
+recipe.yaml. What can be known to fail is refused before weights are loaded.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lcprune import demo
+from lcprune.cli import tables
+from lcprune.cli.messages import one_sentence
+from lcprune.cli.quiet import quieten
+from lcprune.data.module import TextDataModule
+from lcprune.delivery.export import check_target, export
+from lcprune.delivery.figures import Figures, model_figures, throughput
+from lcprune.distillation import checkpoint
+from lcprune.distillation.callbacks import ProgressiveCollapse, measure
+from lcprune.distillation.module import DistillationModule
+from lcprune.distillation.optim import RewarmingCosine  # noqa: F401 - short names in recipes are those imported here
+from lcprune.errors import InputError
+
+STUDENT = "student"
+"""Folder of the exported student inside a run folder."""
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one sentence instead of printing the usage of everything."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises InputError; jsonargparse calls this for every mistake in a recipe or on the command line."""
+        raise InputError(one_sentence(message))
+
+
+class RecipeCLI(LightningCLI):
+    """Reads recipes. With `run=False` it only makes the objects, as `collapse` and `score` need them."""
+
+    def __init__(self, arguments: list[str], *, run: bool = True) -> None:
+        """Parses and, if `run`, executes.
+
+        Args:
+            arguments: The subcommand (if `run`) and its arguments.
+            run: As in LightningCLI.
+        """
+        self.export_to: Path | None = None
+        with _argv(arguments):
+            super().__init__(
+                DistillationModule,
+                TextDataModule,
+                save_config_kwargs={"config_filename": "recipe.yaml", "overwrite": True},
+                trainer_defaults={"enable_model_summary": False},
+                parser_class=Parser,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                run=run,
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One more option, and the tokenizer follows the teacher."""
+        parser.add_argument("--out", type=Path | None, default=None, help="Folder for the student after fit.")
+        parser.link_arguments("model.teacher", "data.tokenizer")
+
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        """Adds the Rich progress bar unless the recipe has another or wants none."""
+        settings = self._get(self.config_init, "trainer", default={})
+        callbacks: list[Callback] = settings.get("callbacks") or []
+        wanted = settings.get("enable_progress_bar") is not False
+        if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            settings["callbacks"] = [*callbacks, RichProgressBar(leave=False)]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """What can go wrong at the end or at the start is looked at first."""
+        self._read_checkpoint()
+        self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
+        check_target(self.export_to)
+
+    def before_validate(self) -> None:
+        """Looks at the checkpoint before weights are loaded."""
+        self._read_checkpoint()
+
+    before_test = before_predict = before_validate
+
+    def _read_checkpoint(self) -> None:
+        path = self._get(self.config, "ckpt_path")
+        if path is not None and Path(path).name == path and path in ("last", "best", "hpc", "registry"):
+            return  # Lightning's own keywords
+        if path is not None:
+            checkpoint.read(Path(path)).check_fits(self.model.teacher_name, self.model.fingerprint)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run's metrics, checkpoints and student are."""
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
+
+    def after_fit(self) -> None:
+        """Exports the student and prints what became of it."""
+        if self.trainer.interrupted:
+            raise KeyboardInterrupt
+        # The trainer has torn down: bring the models back to where they were trained.
+        device = self.trainer.strategy.root_device
+        self.model.to(device)
+        self.model.teacher.model.to(device)
+        final = measure(self.trainer, self.model)
+        if self.trainer.is_global_zero:
+            self._deliver(final)
+        self.trainer.strategy.barrier()
+
+    def _deliver(self, final: dict[str, float]) -> None:
+        module, out = self.model, self.export_to
+        assert out is not None
+        base = {"teacher/perplexity": final["val/teacher_perplexity"]}
+        export(
+            module.student,
+            out,
+            tokenizer=demo.load_tokenizer(module.teacher_name),
+            history=module.history,
+            recipe=self.recipe_text,
+            figures={**base, "val/perplexity": final["val/perplexity"], "val/agreement": final["val/agreement"]},
+            license=demo.license_of(module.teacher_name),
+        )
+        figures = self._figures(final, out)
+        (out.parent / "figures.json").write_text(json.dumps(figures.to_dict(), indent=2) + "\n", encoding="utf-8")
+        tables.closing(figures, out)
+
+    def _figures(self, final: dict[str, float], out: Path) -> Figures:
+        module = self.model
+        batch = next(iter(self.datamodule.val_dataloader()))
+        teacher = module.teacher.model
+        return Figures(
+            teacher=model_figures(teacher, Path(demo.resolve(module.teacher_name))),
+            student=model_figures(module.student, out),
+            speed=throughput(teacher, out, batch),
+            history=module.history,
+            final=final,
+        )
+
+    @property
+    def recipe_text(self) -> str:
+        """The resolved recipe as YAML."""
+        return self._parser(self.subcommand).dump(self.config.get(str(self.subcommand), self.config), skip_none=False)
+
+    def predict(self, **kwargs: object) -> None:
+        """Runs Lightning's predict and writes one JSON line per block."""
+        batches = self.trainer.predict(**kwargs)  # type: ignore[arg-type]
+        tokenizer = demo.load_tokenizer(self.model.teacher_name)
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        path = self.run_folder / f"predictions{f'-{self.trainer.global_rank}' if self.trainer.global_rank else ''}.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for batch in batches or ():
+                for prompt, continuation in zip(batch["prompt"], batch["continuation"], strict=True):  # type: ignore[index, call-overload]
+                    row = {"prompt": tokenizer.decode(prompt), "continuation": tokenizer.decode(continuation)}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rank_zero_only(print)(f"{path}: {sum(len(batch['prompt']) for batch in batches or ())} continuations")  # type: ignore[call-overload, index]
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """One of Lightning's commands."""
+    quieten()
+    try:
+        RecipeCLI([command, *arguments])
+    except MisconfigurationException as error:
+        raise InputError(one_sentence(str(error))) from error
+
+
+def collapse_of(cli: RecipeCLI) -> ProgressiveCollapse:
+    """The recipe's ProgressiveCollapse; raises InputError if it has none, or several."""
+    found = [callback for callback in cli.trainer.callbacks if isinstance(callback, ProgressiveCollapse)]  # type: ignore[attr-defined]
+    if len(found) != 1:
+        raise InputError(
+            f"trainer.callbacks holds {len(found)} ProgressiveCollapse, one is needed: it says which layers merge "
+            "(see recipes/shortgpt.yaml)."
+        )
+    return found[0]
+
+
+@contextmanager
+def _argv(arguments: list[str]) -> Iterator[None]:
+    """The arguments where jsonargparse and Lightning's launchers for several processes look for them."""
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+

@@ -1,0 +1,93 @@
+"""Text to blocks: documents become one stream of tokens, the stream is cut into blocks of equal length.
+
+    documents -> [a a a EOS b b EOS c ...] -> blocks  [a a a EOS] [b b EOS c] ...  + a remainder shorter than a block
+
+Pure functions of their arguments. `N` blocks, `T` tokens in a block, `S` tokens in a stream. Tokens are kept as int32,
+half the memory of int64; whoever makes a batch widens them.
+"""
+
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lcprune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_AT_ONCE = 1024  # documents handed to the tokenizer together; bounds the memory that Python lists of tokens take
+
+
+def tokenize(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> tuple[Tensor, Tensor]:
+    """Tokenises documents into one stream, each ended by the tokenizer's EOS.
+
+    The special tokens that the tokenizer itself puts around a text (a BOS, say) are kept: the model has seen its
+    documents with them. An EOS that it puts there is not doubled.
+
+    Returns:
+        The tokens [S], int32, and how many of them belong to each document, int64.
+
+    Raises:
+        InputError: The tokenizer has no EOS.
+
+    Example:
+        tokenize(["ab", "c"], tokenizer)  ->  tensor([a, b, EOS, c, EOS]), tensor([3, 2])
+    """
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise InputError(
+            f"data.tokenizer={tokenizer.name_or_path!r} has no end-of-text token to set documents apart: "
+            "name the tokenizer of a causal language model, or save this one with an eos_token."
+        )
+    stream, lengths = array("i"), array("q")
+    for start in range(0, len(documents), _AT_ONCE):
+        some = list(documents[start : start + _AT_ONCE])
+        for tokens in tokenizer(some, return_attention_mask=False, verbose=False)["input_ids"]:
+            ended = tokens if tokens and tokens[-1] == eos else [*tokens, eos]
+            stream.extend(ended)
+            lengths.append(len(ended))
+    return torch.tensor(stream, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int64)
+
+
+def split(stream: Tensor, lengths: Tensor, *, fraction: float, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits a stream into a training and a validation part.
+
+    Whole documents, drawn by the seed, go to validation until it has `fraction` of the tokens and at least one block;
+    one document always stays for training. A single document is cut instead: its tail is for validation.
+
+    Args:
+        stream: The tokens [S].
+        lengths: How many of them belong to each document, in order.
+        fraction: Of the tokens, between 0 and 1.
+        block_size: Tokens in a block.
+        seed: Decides which documents.
+
+    Returns:
+        Both parts as streams, in the documents' order; together they are the whole.
+    """
+    wanted = max(round(len(stream) * fraction), block_size)
+    if len(lengths) == 1:
+        head = max(len(stream) - wanted, min(block_size, len(stream)))
+        return stream[:head], stream[head:]
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
+    count = int((lengths[order].cumsum(0) < wanted).sum()) + 1
+    held_out = torch.zeros(len(lengths), dtype=torch.bool)
+    held_out[order[: min(count, len(lengths) - 1)]] = True
+    mask = held_out.repeat_interleave(lengths)
+    return stream[~mask], stream[mask]
+
+
+def pack(stream: Tensor, block_size: int) -> tuple[Tensor, int]:
+    """Cuts a stream [S] into blocks, in order.
+
+    Returns:
+        The blocks [N, T] with T = `block_size`, and how many tokens were left at the end, fewer than T.
+
+    Example:
+        pack(torch.arange(7), 3)  ->  tensor([[0, 1, 2], [3, 4, 5]]), 1
+    """
+    blocks = len(stream) // block_size
+    return stream[: blocks * block_size].view(blocks, block_size), len(stream) - blocks * block_size

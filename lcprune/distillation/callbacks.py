@@ -1,0 +1,237 @@
+"""ProgressiveCollapse: the student becomes shorter while Lightning trains it.
+
+    schedule   at which optimizer step, down to which depth          (a pure function: nothing to remember)
+    planner    which layers                                          (on rank 0, broadcast, compared by hash)
+    operator   how their weights become one layer's
+
+A merge happens right after an optimizer step, in `on_train_batch_end`: checkpoints are written after every other
+callback, so the checkpoint of that step contains it, and a run that resumes does not repeat it. The callback keeps
+no state; the history is the module's.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from typing import Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from lcprune.distillation import optim
+from lcprune.distillation.metrics import HeldOut
+from lcprune.distillation.module import DistillationModule
+from lcprune.distillation.schedules import Schedule
+from lcprune.errors import InputError
+from lcprune.merging import surgery
+from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.operators import Drop, Operator
+from lcprune.merging.planners import OneShotRanking, Planner
+
+
+@runtime_checkable
+class CalibrationSource(Protocol):
+    """A data module that can hand out text to plan merges by."""
+
+    def calibration_batches(self) -> Sequence[Batch]:
+        """Batches of training text, the same at every call."""
+
+
+class ProgressiveCollapse(Callback):
+    """Merges layers of the student during training.
+
+    Args:
+        schedule: At which optimizer steps the student gets down to which depth.
+        planner: Which layers merge.
+        operator: What becomes of their weights.
+    """
+
+    def __init__(self, schedule: Schedule, *, planner: Planner | None = None, operator: Operator | None = None) -> None:
+        self.schedule = schedule
+        self.planner = planner if planner is not None else OneShotRanking()
+        self.operator = operator if operator is not None else Drop()
+        self._step_before = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses, before any weight is loaded, what could not end well."""
+        if stage != "fit":
+            return
+        module = _ours(pl_module)
+        depth = module.history.teacher_depth
+        self.schedule.check(depth, trainer.max_steps)
+        for before, (_, target) in zip((depth, *self._depths(depth)), self.schedule.milestones(depth), strict=False):
+            self.planner.check(before, target)
+        if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
+            raise InputError(
+                f"trainer.strategy={type(trainer.strategy).__name__} cannot merge layers during training: "
+                "use a single device or ddp, or shorten the model first with `lcprune collapse`."
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging | ModelPruning):
+                raise InputError(
+                    f"trainer.callbacks: {type(callback).__name__} holds on to weights that a merge takes away: "
+                    "remove it, or train it after the last merge in a run of its own."
+                )
+        if not isinstance(trainer.datamodule, CalibrationSource):  # type: ignore[attr-defined]
+            raise InputError(
+                "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
+                "calibration_batches(), like lcprune.TextDataModule."
+            )
+
+    def _depths(self, depth: int) -> tuple[int, ...]:
+        return tuple(target for _, target in self.schedule.milestones(depth))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merges that are due before the first optimizer step."""
+        module = _ours(pl_module)
+        if trainer.global_step == 0 and not module.history.steps:
+            self._merge_if_due(trainer, module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Remembers, for the length of the batch, how many optimizer steps were done before it."""
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
+    ) -> None:
+        """Merges when this batch has completed an optimizer step and the schedule says so."""
+        if trainer.global_step != self._step_before:
+            self._merge_if_due(trainer, _ours(pl_module))
+
+    def _merge_if_due(self, trainer: Trainer, module: DistillationModule) -> None:
+        target = self.schedule.due(trainer.global_step, module.history.teacher_depth)
+        if target is None or target >= module.history.depth:
+            return
+        steps = self._agreed_plan(trainer, module, target)
+        if not steps:
+            rank_zero_info(f"step {trainer.global_step}: {self.planner} found nothing to merge")
+            return
+        merge(trainer, module, steps)
+
+    def _agreed_plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
+        """Rank 0's plan, on every rank; a mistake that it finds is raised on every rank too."""
+        plan: MergeHistory | InputError | None = None
+        if trainer.is_global_zero:
+            try:
+                plan = MergeHistory(module.history.depth, self._plan(trainer, module, target))
+            except InputError as error:
+                plan = error
+        plan = trainer.strategy.broadcast(plan, 0)
+        if isinstance(plan, InputError):
+            raise plan
+        assert plan is not None
+        _compare(trainer, plan.digest)
+        return plan.steps
+
+    def _plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
+        assert module.teacher is not None
+        source = trainer.datamodule  # type: ignore[attr-defined]
+        calibration = Calibration(
+            module.student, source.calibration_batches(), original=module.teacher.model, history=module.history
+        )
+        with _planning(trainer):
+            steps = self.planner.plan(calibration, self.operator, target)
+        return tuple(replace(step, global_step=trainer.global_step) for step in steps)
+
+
+def merge(trainer: Trainer, module: DistillationModule, steps: Iterable[MergeStep]) -> None:
+    """Executes steps on a student in training and brings everything along that knew the layers."""
+    for step in steps:
+        outcome = surgery.apply(module.student, step)
+        for optimizer in trainer.optimizers:
+            optim.carry_over(optimizer, outcome)
+        module.history = module.history.append(step)
+    optim.forget_gradients(list(module.student.parameters()))
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, optim.RewarmingCosine):
+            config.scheduler.rewarm()
+    _forget_best(trainer)
+    if isinstance(trainer.strategy, DDPStrategy):
+        _rewrap(trainer.strategy)
+    _note_measurement(trainer, module)
+
+
+def measure(trainer: Trainer, module: DistillationModule) -> dict[str, float]:
+    """Validation perplexity and agreement as they are now, over the batches the validation loop would take."""
+    loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    limit = trainer.limit_val_batches
+    count = round(len(loader) * limit) if isinstance(limit, float) else limit
+    metric = HeldOut().to(module.device)
+    training = module.student.training
+    module.student.eval()
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        for batch in islice(loader, count):
+            module.observe({name: tensor.to(module.device) for name, tensor in batch.items()}, metric)
+    module.student.train(training)
+    return {f"val/{name}": value.item() for name, value in metric.compute().items()}
+
+
+def _note_measurement(trainer: Trainer, module: DistillationModule) -> None:
+    """Writes what the merge did to the student into the last step of the history, and into the log."""
+    figures = measure(trainer, module)
+    last = module.history.steps[-1]
+    steps = (*module.history.steps[:-1], replace(last, measured=figures))
+    module.history = replace(module.history, steps=steps)
+    after = {f"{name}_after_merge": value for name, value in figures.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics({**after, "depth": float(module.history.depth)}, step=trainer.global_step)
+    rank_zero_info(
+        f"step {trainer.global_step}: merged to {module.history.depth} layers, "
+        f"validation perplexity {figures['val/perplexity']:.2f}"
+    )
+
+
+def _ours(module: LightningModule) -> DistillationModule:
+    if not isinstance(module, DistillationModule):
+        raise InputError(f"ProgressiveCollapse trains a DistillationModule, not a {type(module).__name__}.")
+    return module
+
+
+@contextmanager
+def _planning(trainer: Trainer) -> Iterator[None]:
+    """The run's precision, without autocast's cache of cast weights: trials change weights under the same Parameter."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with trainer.precision_plugin.forward_context():
+            torch.set_autocast_cache_enabled(False)
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _compare(trainer: Trainer, digest: str) -> None:
+    """Every rank must be about to execute the same plan, or their weights would part without a word."""
+    mine = torch.tensor(int(digest[:15], 16), dtype=torch.int64, device=trainer.strategy.root_device)
+    everyone = trainer.strategy.all_gather(mine).flatten()  # type: ignore[union-attr]
+    if not bool((everyone == mine).all()):
+        raise RuntimeError("The ranks received different plans for a merge.")
+
+
+def _rewrap(strategy: DDPStrategy) -> None:
+    """DDP's reducer knows the old set of parameters: make a new one around the same module."""
+    strategy.model = strategy.lightning_module
+    strategy.configure_ddp()
+
+
+def _forget_best(trainer: Trainer) -> None:
+    """The best score and the patience so far belong to a deeper student."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint):
+            callback.best_model_score, callback.best_model_path = None, ""
+            callback.kth_best_model_path, callback.kth_value = "", callback.kth_value
+            callback.best_k_models = {}
+        elif isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(torch.inf if callback.monitor_op == torch.lt else -torch.inf)

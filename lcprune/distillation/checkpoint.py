@@ -1,0 +1,129 @@
+"""What lcprune adds to a Lightning checkpoint, and how a student comes out of one without a trainer.
+
+    checkpoint["lcprune"] = {history, fingerprint of the teacher, dtype of the weights, random state of every rank}
+
+Plain data only, because checkpoints are read with `weights_only=True`. The teacher's weights are never in there.
+"""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lcprune import demo
+from lcprune.distillation.randomness import RngState
+from lcprune.distillation.teacher import DtypeName
+from lcprune.errors import InputError
+from lcprune.merging.architectures import layout_of
+from lcprune.merging.lineage import MergeHistory
+
+KEY = "lcprune"
+"""Where in a checkpoint the record is."""
+FINGERPRINT = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+"""Config fields by which a checkpoint's teacher is recognised."""
+PREFIX = "student."
+"""What the student's tensors are called in a checkpoint's state dict, before their own names."""
+
+Fingerprint = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says about the student in it."""
+
+    history: MergeHistory
+    """How the student came from the teacher."""
+    fingerprint: Fingerprint
+    """The teacher's, by `fingerprint_of`."""
+    dtype: DtypeName
+    """Type of the student's weights."""
+    rng: tuple[RngState, ...]
+    """Random state of every rank, in order."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for a checkpoint."""
+        return {
+            "history": self.history.to_dict(),
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "rng": list(self.rng),
+        }
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, object]) -> "Record":
+        """The record in a loaded checkpoint; raises InputError if lcprune did not write it."""
+        record = checkpoint.get(KEY)
+        if not isinstance(record, Mapping):
+            raise InputError("ckpt_path names a checkpoint that lcprune did not write: name one from a run's folder.")
+        history = MergeHistory.from_dict(record["history"])
+        return cls(history, dict(record["fingerprint"]), record["dtype"], tuple(record["rng"]))
+
+    def check_fits(self, teacher: str, fingerprint: Fingerprint) -> None:
+        """Raises InputError if the checkpoint was trained from another model than `teacher`."""
+        differing = [name for name, value in self.fingerprint.items() if fingerprint.get(name) != value]
+        if differing:
+            was = ", ".join(f"{name} {self.fingerprint[name]}" for name in differing)
+            now = ", ".join(f"{name} {fingerprint.get(name)}" for name in differing)
+            raise InputError(
+                f"ckpt_path names a checkpoint of another model ({self.history.teacher}: {was}) than "
+                f"model.teacher={teacher!r} ({now}): name the model it was trained from."
+            )
+
+
+def fingerprint_of(config: PretrainedConfig) -> Fingerprint:
+    """What tells one model from another without looking at weights."""
+    return {name: getattr(config, name, None) for name in FINGERPRINT}
+
+
+def read(path: Path) -> Record:
+    """The record of a checkpoint file, which is looked over but whose weights are not read.
+
+    Raises:
+        InputError: If the file is missing, not whole, or not ours.
+    """
+    return Record.of(_load(path))
+
+
+def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
+    """The student out of a checkpoint, on the CPU; the teacher's weights are not needed, its config is.
+
+    Raises:
+        InputError: As `read`, or if the teacher's config cannot be found any more or does not fit.
+    """
+    checkpoint = _load(path)
+    record = Record.of(checkpoint)
+    config = demo.read_config(record.history.teacher)
+    record.check_fits(record.history.teacher, fingerprint_of(config))
+    layout = layout_of(config)
+    kept = list(range(record.history.teacher_depth))
+    for step in record.history.steps:
+        del kept[step.group[1] : step.group[-1] + 1]
+    layout.keep_layers(config, kept)
+    weights = checkpoint["state_dict"]
+    assert isinstance(weights, Mapping)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
+    dtype = getattr(torch, record.dtype)
+    # From a config alone: transformers has no folder to read, and takes weights and dtype from what it is given.
+    config.dtype = dtype
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    return model.eval(), record
+
+
+def _load(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        raise InputError(f"ckpt_path={path} does not exist or is not a file: checkpoints are in RUN/checkpoints/.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+        raise InputError(
+            f"ckpt_path={path} cannot be read, it is not a whole checkpoint ({reason[:120]}): name another one."
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"ckpt_path={path} is not a Lightning checkpoint: name one from a run's folder.")
+    return checkpoint

@@ -1,0 +1,56 @@
+"""What is measured on held-out text: perplexity, agreement with the teacher.
+
+torchmetrics keeps the sums, so that ranks are put together rightly; logits exist for one chunk of tokens at a time.
+Legend: `N` scored positions, `D` hidden, `V` vocabulary.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+from torchmetrics import Metric
+
+from lcprune.distillation.losses import CHUNK
+from lcprune.merging.criteria import perplexity
+
+
+class HeldOut(Metric):
+    """Perplexity of student and teacher, and how often its most likely token is the teacher's."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "teacher_nats", "agreeing", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self, student_ND: Tensor, student_VD: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, targets_N: Tensor
+    ) -> None:
+        """Adds a batch.
+
+        Args:
+            student_ND: Student states at the scored positions, after the final norm.
+            student_VD: Student head weight.
+            teacher_ND: Teacher states at the same positions.
+            teacher_VD: Teacher head weight.
+            targets_N: Next token at every position.
+        """
+        for begin in range(0, len(targets_N), CHUNK):
+            part = slice(begin, begin + CHUNK)
+            student_CV = linear(student_ND[part], student_VD.to(student_ND.dtype)).float()
+            self.nats += cross_entropy(student_CV, targets_N[part], reduction="sum").double()
+            student_C = student_CV.argmax(-1)
+            del student_CV
+            teacher_CV = linear(teacher_ND[part], teacher_VD.to(teacher_ND.dtype)).float()
+            self.teacher_nats += cross_entropy(teacher_CV, targets_N[part], reduction="sum").double()
+            self.agreeing += (student_C == teacher_CV.argmax(-1)).sum()
+        self.tokens += len(targets_N)
+
+    def compute(self) -> dict[str, Tensor]:
+        """`perplexity` and `teacher_perplexity` = exp(mean nats per token), and `agreement`, a fraction."""
+        tokens = max(1, int(self.tokens.item()))
+        return {
+            "perplexity": torch.tensor(perplexity(self.nats.item(), tokens)),
+            "teacher_perplexity": torch.tensor(perplexity(self.teacher_nats.item(), tokens)),
+            "agreement": (self.agreeing / tokens).float(),
+        }

@@ -1,0 +1,114 @@
+"""The optimizer across a merge: whose state goes, whose starts afresh, and how the learning rate warms up again.
+
+The optimizer and its `param_groups` stay the same objects, because schedulers and strategies hold on to them. The
+absorbed layers' Parameters leave (or norms, counts, memory and resume would be wrong). The merged layer's Parameters
+stay, but what Adam knew of them belongs to other weights: their state is zeroed, step count included, so that its
+bias correction starts afresh too; it is not removed, because a missing state cannot be resumed everywhere.
+"""
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lcprune.errors import InputError
+from lcprune.merging.surgery import Outcome
+
+
+def carry_over(optimizer: Optimizer, outcome: Outcome) -> None:
+    """Adjusts an optimizer in place to a merge; Parameters are told apart by identity.
+
+    Args:
+        optimizer: Any torch optimizer that keeps its state per Parameter.
+        outcome: What `surgery.apply` touched.
+    """
+    removed = {id(parameter) for parameter in outcome.removed}
+    for group in optimizer.param_groups:
+        _keep(group, [id(parameter) not in removed for parameter in group["params"]])
+    for parameter in outcome.removed:
+        optimizer.state.pop(parameter, None)
+    for parameter in outcome.merged:
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+    forget_gradients(outcome.merged + outcome.removed)
+
+
+def _keep(group: dict, staying: list[bool]) -> None:  # type: ignore[type-arg]
+    """Cuts the lists of a param group that run along its Parameters."""
+    for name in ("params", "param_names"):
+        if name in group:
+            group[name][:] = [item for item, stays in zip(group[name], staying, strict=True) if stays]
+
+
+def forget_gradients(parameters: Collection[Parameter]) -> None:
+    """Drops gradients, which belong to weights that are gone."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
+class RewarmingCosine(LambdaLR):
+    """Linear warm-up, cosine decay to a floor, and a short warm-up again after every merge.
+
+    Args:
+        optimizer: Its learning rates are the peak.
+        warmup_steps: Optimizer steps from 0 to the peak at the start.
+        rewarm_steps: Optimizer steps over which the rate climbs back to the curve after a merge.
+        floor: Fraction of the peak at the end.
+        total_steps: Optimizer steps of the whole curve; None = the run's own number.
+        last_epoch: As in torch's schedulers.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        warmup_steps: int = 100,
+        rewarm_steps: int = 20,
+        floor: float = 0.1,
+        total_steps: int | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if min(warmup_steps, rewarm_steps) < 0 or not 0 <= floor <= 1 or (total_steps is not None and total_steps < 1):
+            raise InputError(
+                f"RewarmingCosine: warmup_steps={warmup_steps} and rewarm_steps={rewarm_steps} must not be negative, "
+                f"floor={floor} must lie between 0 and 1 and total_steps={total_steps} must be positive."
+            )
+        self.curve = _Curve(warmup_steps, rewarm_steps, floor, total_steps)
+        super().__init__(optimizer, self.curve, last_epoch)
+
+    def set_total_steps(self, steps: int) -> None:
+        """Completes a curve that was made without knowing the length of the run."""
+        if self.curve.total_steps is None:
+            self.curve.total_steps = max(1, steps)
+
+    def rewarm(self) -> None:
+        """Begins a warm-up now: the next optimizer step is its first."""
+        self.curve.restarts = [*self.curve.restarts, self.last_epoch]
+        rates = [rate * self.curve(self.last_epoch) for rate in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
+
+
+class _Curve:
+    """The multiplier as a callable object: LambdaLR saves and restores its attributes with a checkpoint."""
+
+    def __init__(self, warmup_steps: int, rewarm_steps: int, floor: float, total_steps: int | None) -> None:
+        self.warmup_steps, self.rewarm_steps = warmup_steps, rewarm_steps
+        self.floor, self.total_steps = floor, total_steps
+        self.restarts: list[int] = []
+
+    def __call__(self, step: int) -> float:
+        factor = 1.0
+        if step < self.warmup_steps:
+            factor = (step + 1) / (self.warmup_steps + 1)
+        elif self.total_steps is not None:
+            done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+            factor = self.floor + (1 - self.floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        if self.restarts:
+            factor *= min(1.0, (step - self.restarts[-1] + 1) / (self.rewarm_steps + 1))
+        return factor

@@ -1,0 +1,94 @@
+"""The frozen original, and the student that starts as a second view of it.
+
+The teacher is not a submodule: it is never saved, never optimized, never wrapped. It sits in a plain box that copies
+to itself, and is moved by hand. The student is built around the teacher's own tensors, so that as long as a
+parameter is not trained nor merged there is one copy of it in memory; surgery gives a merged parameter its own.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lcprune import demo
+from lcprune.errors import InputError
+from lcprune.merging.architectures import layout_of
+from lcprune.merging.calibration import Batch, hidden_states, layer_outputs
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+"""Names of the floating-point types that weights can be held in."""
+
+
+@dataclass(frozen=True)
+class States:
+    """What one forward pass is asked for."""
+
+    last: Tensor
+    """State [B, T, D] after the final norm."""
+    layers: dict[int, Tensor]
+    """Layer index -> its output [B, T, D]."""
+
+
+class Teacher:
+    """A box around the original model that Lightning does not see."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Teacher":
+        return self
+
+    def __call__(self, batch: Batch, layers: Sequence[int] = ()) -> States:
+        """The teacher's states, without gradients and in its own dtype."""
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+            return forward(self.model, batch, layers)
+
+    @property
+    def head(self) -> Tensor:
+        """Weight [V, D] of the output embeddings."""
+        return head_weight(self.model)
+
+
+def forward(model: PreTrainedModel, batch: Batch, layers: Sequence[int] = ()) -> States:
+    """Last state and the outputs of chosen layers, of any causal LM of a known family, without its head."""
+    with layer_outputs(layout_of(model.config).layers_of(model), layers) as states:
+        last = hidden_states(model, batch)
+    return States(last, states)
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """Weight [V, D] that turns last states into logits."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear) and head.bias is None, "a head with a bias needs a loss that knows it"
+    return head.weight
+
+
+def load(name: str, dtype: DtypeName) -> PreTrainedModel:
+    """The model of that name or folder; raises InputError if there is none, or its family is not known."""
+    layout_of(demo.read_config(name))
+    try:
+        return AutoModelForCausalLM.from_pretrained(demo.resolve(name), dtype=getattr(torch, dtype))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"The weights of model.teacher={name!r} cannot be loaded ({reason})") from error
+
+
+def second_view(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own structure and its own Parameters whose tensors are the given model's.
+
+    Modules, config and buffers are copied, parameters' storage is shared. Before a shared parameter is written to in
+    place, `own` must give it storage of its own.
+    """
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    view = copy.deepcopy(model, dict(shared))
+    assert isinstance(view, PreTrainedModel)
+    return view
+
+
+def own(parameter: nn.Parameter) -> None:
+    """Gives a parameter storage of its own, keeping its identity."""
+    parameter.data = parameter.data.clone()

@@ -1,0 +1,44 @@
+"""Fixtures for all tests: offline, quiet, two threads; the builders of `tests.builders` by name."""
+
+import os
+
+# Before any Hugging Face import: these are read once.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", DO_NOT_TRACK="1")
+os.environ.update(TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests import builders
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., PreTrainedModel]:
+    """The builder: `tiny_llama(n_layers=6, tied=True, dtype=..., seed=0, model_type="llama")`."""
+    return builders.tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The character tokenizer; read only."""
+    return builders.tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A six-layer Llama and its tokenizer as a Hugging Face folder; read only."""
+    return builders.save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def token_batches() -> list[Tensor]:
+    """Three batches of token ids, (2, 16)."""
+    return builders.token_batches()

@@ -1,0 +1,257 @@
+"""An exported folder is whole, proved, and needs nothing of ours; or it is not there at all."""
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lcprune.delivery.export import check_target, export, folder_size
+from lcprune.errors import InputError
+from lcprune.merging.lineage import MergeHistory, MergeStep
+from tests.builders import FAMILIES, Family, tiny_llama, tiny_tokenizer, token_batches
+
+HISTORY = MergeHistory(
+    teacher_depth=6,
+    steps=(
+        MergeStep((3, 4), {"class_path": "lcprune.merging.operators.Drop"}, (1.0, 0.0), global_step=40),
+        MergeStep((1, 2), {"class_path": "WeightedAverage"}, (0.25, 0.75), scores={"bi": 0.5}, global_step=80),
+    ),
+    teacher="example/tiny",
+)
+
+# Plain transformers: importing lcprune fails here, however it is installed.
+RELOAD = """
+import json, sys
+sys.modules["lcprune"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("one two", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.save(model(ids).logits, folder + ".logits")
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    cached, plain = (model.generate(ids, use_cache=use, **options) for use in (True, False))
+    assert cached.shape[1] == ids.shape[1] + 8 and torch.equal(cached, plain)
+"""
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One of its own per test: some tests break its save_pretrained."""
+    return tiny_tokenizer()
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _failing(error: BaseException) -> Callable[..., None]:
+    def save_pretrained(*args: object, **options: object) -> None:
+        raise error
+
+    return save_pretrained
+
+
+def _afterwards(tokenizer: PreTrainedTokenizerFast, damage: Callable[[Path], None]) -> Callable[..., object]:
+    """A save_pretrained for the tokenizer that damages the model saved before it."""
+    save = tokenizer.save_pretrained
+
+    def save_pretrained(folder: Path) -> object:
+        damage(folder)
+        return save(folder)
+
+    return save_pretrained
+
+
+def test_export_loads_without_lcprune_with_equal_logits_and_a_working_cache(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+):
+    students = {name: tiny_llama(4, tied=name == "tied") for name in ("tied", "untied")}
+    folders = [export(model, tmp_path / name, tokenizer=tokenizer, history=HISTORY) for name, model in students.items()]
+    command = [sys.executable, "-c", RELOAD, *map(str, folders)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    ids = tokenizer("one two", return_tensors="pt").input_ids
+    for name, student in students.items():
+        with torch.no_grad():
+            torch.testing.assert_close(torch.load(tmp_path / f"{name}.logits"), student(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_export_is_proved_for_every_family(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model_type: Family, dtype: torch.dtype
+):
+    student = tiny_llama(4, model_type=model_type, dtype=dtype)
+    out = export(student, tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["dtype"]) == (4, str(dtype).removeprefix("torch."))
+    assert folder_size(out) >= student.num_parameters() * dtype.itemsize
+
+
+def test_export_keeps_history_and_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    recipe = "seed_everything: 1  # é\n"
+    out = export(tiny_llama(4), tmp_path / "a" / "b", tokenizer=tokenizer, history=HISTORY, recipe=recipe)
+    assert MergeHistory.load(out / "history.json") == HISTORY
+    assert (out / "recipe.yaml").read_text(encoding="utf-8") == recipe
+    assert {"model.safetensors", "generation_config.json", "tokenizer.json"} <= set(_contents(out))
+
+
+def test_export_leaves_the_student_as_it_was(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    student = tiny_llama(4).train()
+    student.model.layers[1].eval()
+    student.model.norm.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    modes = [module.training for module in student.modules()]
+    random_state = torch.get_rng_state()
+    export(student, tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
+    assert modes == [module.training for module in student.modules()]
+    assert [name for name, p in student.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
+    assert all(p.grad is None for p in student.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert student(token_batches()[0]).logits.requires_grad
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+        (PermissionError(errno.EACCES, "Permission denied"), PermissionError),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), OSError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_export_that_fails_leaves_everything_as_it_was(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    earlier: bool,
+    error: BaseException,
+    raised: type[BaseException],
+):
+    out = tmp_path / "short"
+    if earlier:
+        export(tiny_llama(4, seed=1), out, tokenizer=tokenizer, history=HISTORY)
+    before = _contents(tmp_path)
+    monkeypatch.setattr(tokenizer, "save_pretrained", _failing(error))
+    with pytest.raises(raised) as caught:
+        export(tiny_llama(4), out, tokenizer=tokenizer, history=HISTORY)
+    assert _contents(tmp_path) == before
+    assert list(tmp_path.iterdir()) == ([out] if earlier else [])
+    if raised is not KeyboardInterrupt:
+        assert str(out) in str(caught.value)
+        assert "nothing was left behind" in str(caught.value)
+        assert caught.value.errno == getattr(error, "errno", None)
+
+
+def test_export_puts_the_earlier_one_back_when_the_rename_fails(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+):
+    out = export(tiny_llama(4, seed=1), tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
+    before = _contents(tmp_path)
+    rename = Path.rename
+
+    def fails_for_the_new_one(path: Path, target: Path) -> Path:
+        if ".tmp-" in path.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    with pytest.raises(OSError, match="Input/output error"):
+        export(tiny_llama(4), out, tokenizer=tokenizer, history=HISTORY)
+    assert _contents(tmp_path) == before
+
+
+def test_export_replaces_an_earlier_one_entirely(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    out = tmp_path / "short"
+    out.mkdir()
+    export(tiny_llama(4, seed=1), out, tokenizer=tokenizer, history=HISTORY, recipe="old: 1\n")
+    export(tiny_llama(4, seed=2), out, tokenizer=tokenizer, history=HISTORY)
+    assert torch.equal(
+        load_file(out / "model.safetensors")["model.embed_tokens.weight"],
+        tiny_llama(4, seed=2).state_dict()["model.embed_tokens.weight"],
+    )
+    assert not (out / "recipe.yaml").exists()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("files", [["notes.txt"], ["history.json", "checkpoints/last.ckpt"], ["config.json"]])
+def test_export_refuses_a_folder_that_is_not_an_export(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, files: list[str]
+):
+    out = tmp_path / "mine"
+    for name in files:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("precious")
+    before = _contents(tmp_path)
+    with pytest.raises(InputError, match=str(out)):
+        export(tiny_llama(4), out, tokenizer=tokenizer, history=HISTORY)
+    assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "file/below/further"])
+def test_check_target_refuses_what_cannot_be_a_folder(tmp_path: Path, name: str):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(InputError, match="out="):
+        check_target(tmp_path / name)
+
+
+def test_check_target_makes_nothing(tmp_path: Path):
+    check_target(tmp_path / "a" / "b")
+    assert not any(tmp_path.iterdir())
+
+
+def _turn_faster(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 10.0'))
+
+
+def _nudge_a_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] *= 1 + 2**-20
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(_turn_faster, "other logits"), (_nudge_a_weight, r"in 1 of .*model\.norm\.weight")]
+)
+def test_export_finds_a_folder_that_does_not_give_the_student_back(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    message: str,
+):
+    monkeypatch.setattr(tokenizer, "save_pretrained", _afterwards(tokenizer, damage))
+    with pytest.raises(RuntimeError, match=message):
+        export(tiny_llama(4), tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
+    assert not any(tmp_path.iterdir())
+
+
+def _diverged(student: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        student.model.norm.weight[0] = torch.inf
+    return student
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [(lambda: tiny_llama(5), "num_hidden_layers=5.* 4"), (lambda: _diverged(tiny_llama(4)), "not finite")],
+)
+def test_export_refuses_a_student_that_is_not_what_it_claims(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, student: Callable[[], PreTrainedModel], message: str
+):
+    with pytest.raises(RuntimeError, match=message):
+        export(student(), tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
+    assert not any(tmp_path.iterdir())
