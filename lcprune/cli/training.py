@@ -155,13 +155,15 @@ class RecipeCLI(LightningCLI):
         batches = self.trainer.predict(**kwargs)  # type: ignore[arg-type]
         tokenizer = demo.load_tokenizer(self.model.teacher_name)
         self.run_folder.mkdir(parents=True, exist_ok=True)
-        path = self.run_folder / f"predictions{f'-{self.trainer.global_rank}' if self.trainer.global_rank else ''}.jsonl"
+        path = (
+            self.run_folder / f"predictions{f'-{self.trainer.global_rank}' if self.trainer.global_rank else ''}.jsonl"
+        )
         with path.open("w", encoding="utf-8") as file:
             for batch in batches or ():
                 for prompt, continuation in zip(batch["prompt"], batch["continuation"], strict=True):  # type: ignore[index, call-overload]
                     row = {"prompt": tokenizer.decode(prompt), "continuation": tokenizer.decode(continuation)}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        rank_zero_only(print)(f"{path}: {sum(len(batch['prompt']) for batch in batches or ())} continuations")  # type: ignore[call-overload, index]
+        rank_zero_only(print)(f"predictions: {path}")
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -193,4 +195,3 @@ def _argv(arguments: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-

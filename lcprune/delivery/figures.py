@@ -6,7 +6,7 @@ that their ratio holds on a machine whose speed drifts.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,26 +70,25 @@ def throughput(teacher: PreTrainedModel, student_folder: Path, batch: Mapping[st
         student_folder: An export; loaded for the length of the call.
         batch: `input_ids` [B, T] to run.
     """
-    student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=teacher.dtype).to(teacher.device)
+    student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=teacher.dtype, device_map={"": teacher.device})
     ids_BT = batch["input_ids"].to(teacher.device)
     seconds: dict[str, list[float]] = {"teacher": [], "student": []}
     for _ in range(REPEATS + 1):
         for name, model in (("teacher", teacher), ("student", student)):
-            seconds[name].append(_timed(lambda model=model: _pass(model, ids_BT), teacher.device))
+            seconds[name].append(_seconds(model, ids_BT))
     # The first pass of each warms up.
     return {name: ids_BT.numel() / statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def _pass(model: PreTrainedModel, ids_BT: Tensor) -> None:
+def _seconds(model: PreTrainedModel, ids_BT: Tensor) -> float:
     with evaluating(model):
+        _synchronize(ids_BT.device)
+        start = time.perf_counter()
         model(input_ids=ids_BT, use_cache=False)
-
-
-def _timed(work: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        _synchronize(ids_BT.device)
     return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

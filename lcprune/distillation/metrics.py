@@ -17,6 +17,10 @@ class HeldOut(Metric):
     """Perplexity of student and teacher, and how often its most likely token is the teacher's."""
 
     full_state_update = False
+    nats: Tensor
+    teacher_nats: Tensor
+    agreeing: Tensor
+    tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()

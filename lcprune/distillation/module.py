@@ -4,7 +4,7 @@ The module owns weights and history; the trainer owns optimizer state; `Progress
 `configure_model`: building the module loads nothing.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from typing_extensions import Self
 
 from lcprune import demo
 from lcprune.distillation import objectives
@@ -26,6 +27,7 @@ from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import MergeHistory
+
 
 class DistillationModule(LightningModule):
     """Trains a shortened student to do what the original does.
@@ -42,6 +44,7 @@ class DistillationModule(LightningModule):
     """
 
     student: PreTrainedModel
+    held_out: HeldOut
 
     def __init__(
         self,
@@ -99,9 +102,8 @@ class DistillationModule(LightningModule):
         """Loads the teacher and makes the student a second view of it; later calls change nothing."""
         if self.teacher is not None:
             return
-        model = load(self.teacher_name, self.weights_dtype)
-        if self._trainer is not None:
-            model.to(self._trainer.strategy.root_device)
+        device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
+        model = load(self.teacher_name, self.weights_dtype, device)
         student = second_view(model).train()
         student.config.use_cache = False
         trained = student if self.trained == "all" else layout_of(student.config).layers_of(student)
@@ -109,13 +111,29 @@ class DistillationModule(LightningModule):
         trained.requires_grad_(True)
         teacher_dtype = self._teacher_dtype()
         if teacher_dtype != self.weights_dtype:
-            # New storage for every tensor of the teacher: nothing is shared any more.
-            model.to(getattr(torch, teacher_dtype))
+            # New storage for every parameter of the teacher: nothing is shared any more. Not `model.to(dtype)`, which
+            # would round the rotary frequencies too.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(getattr(torch, teacher_dtype))
         else:
             for parameter in trained.parameters():
                 own(parameter)
         self.teacher = Teacher(model)
         self.student = student
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As in torch, but the student's buffers keep the teacher's precision.
+
+        Lightning's `bf16-true` casts buffers with the weights. transformers keeps rotary frequencies in float32, and
+        the exported folder would compute other logits than the student that was trained.
+        """
+        super().to(*args, **kwargs)
+        if self.teacher is not None:
+            exact = dict(self.teacher.model.named_buffers())
+            for name, buffer in self.student.named_buffers():
+                if buffer.dtype != exact[name].dtype:
+                    buffer.data = exact[name].to(buffer.device, copy=True)
+        return self
 
     def _teacher_dtype(self) -> DtypeName:
         if self.teacher_dtype != "auto":

@@ -21,7 +21,6 @@ from lcprune.errors import InputError
 from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import Lineage
 
-
 LevelT = TypeVar("LevelT", bound="Level")
 
 
@@ -74,7 +73,9 @@ class Labels(Level):
 
 def _check_weight(level: Level) -> None:
     if not level.weight > 0:
-        raise InputError(f"weight={level.weight} of {type(level).__name__} must be positive: leave the level out instead.")
+        raise InputError(
+            f"weight={level.weight} of {type(level).__name__} must be positive: leave the level out instead."
+        )
 
 
 def check(levels: Sequence[Level]) -> None:

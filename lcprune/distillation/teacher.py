@@ -63,15 +63,18 @@ def forward(model: PreTrainedModel, batch: Batch, layers: Sequence[int] = ()) ->
 def head_weight(model: PreTrainedModel) -> Tensor:
     """Weight [V, D] that turns last states into logits."""
     head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear) and head.bias is None, "a head with a bias needs a loss that knows it"
+    assert isinstance(head, nn.Linear)
+    assert head.bias is None, "a head with a bias needs a loss that knows it"
     return head.weight
 
 
-def load(name: str, dtype: DtypeName) -> PreTrainedModel:
-    """The model of that name or folder; raises InputError if there is none, or its family is not known."""
+def load(name: str, dtype: DtypeName, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model of that name or folder, on `device`; raises InputError if there is none or its family is unknown."""
     layout_of(demo.read_config(name))
     try:
-        return AutoModelForCausalLM.from_pretrained(demo.resolve(name), dtype=getattr(torch, dtype))
+        return AutoModelForCausalLM.from_pretrained(
+            demo.resolve(name), dtype=getattr(torch, dtype), device_map={"": torch.device(device)}
+        )
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"The weights of model.teacher={name!r} cannot be loaded ({reason})") from error

@@ -9,7 +9,7 @@ with hooks, because the last of Hugging Face's `hidden_states` is taken after th
 `T` tokens, `N` unmasked tokens of a batch, `D` hidden, `V` vocabulary, `L` layers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +25,9 @@ from lcprune.merging.lineage import MergeHistory
 
 Batch = Mapping[str, Tensor]
 """`input_ids` [B, T]; `attention_mask` [B, T] and `labels` [B, T] (-100 = not scored) where they are needed."""
+
+Hook = Callable[[nn.Module, tuple[object, ...], Tensor | tuple[Tensor, ...]], None]
+"""A forward hook of a decoder layer."""
 
 HEAD_CHUNK = 1024
 """Tokens whose logits exist at once when a loss is measured."""
@@ -56,7 +59,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def layer_outputs(layers: Sequence[nn.Module], wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+def layer_outputs(layers: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Collects h after the layers `wanted` (by index) during forward passes inside the block.
 
     Example:
@@ -67,8 +70,8 @@ def layer_outputs(layers: Sequence[nn.Module], wanted: Sequence[int]) -> Iterato
     """
     states: dict[int, Tensor] = {}
 
-    def keeper(index: int):  # noqa: ANN202 - the hook's type is torch's own
-        def keep(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+    def keeper(index: int) -> Hook:
+        def keep(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             states[index] = stream_of(output)
 
         return keep
@@ -143,7 +146,7 @@ def collect(model: PreTrainedModel, batches: Sequence[Batch], spans: Sequence[in
     def before_first(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         see(0, args[0] if args else kwargs["hidden_states"])
 
-    def after(index: int):  # noqa: ANN202 - the hook's type is torch's own
+    def after(index: int) -> Hook:
         return lambda module, args, output: see(index + 1, stream_of(output))
 
     handles = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]

@@ -1,8 +1,8 @@
 """A shorter model without any training: plan, then merge. What `lcprune collapse` and a notebook call.
 
-    history = collapse(model, batches, target_depth=24)          # model is changed in place
-    history = plan(model, batches, target_depth=24)              # nothing is touched
-    execute(model, history)                                      # ... until now, perhaps after editing it
+history = collapse(model, batches, target_depth=24)          # model is changed in place
+history = plan(model, batches, target_depth=24)              # nothing is touched
+execute(model, history)                                      # ... until now, perhaps after editing it
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def plan(
     check_target_depth(target_depth, calibration.depth)
     planner.check(calibration.depth, target_depth)
     steps = planner.plan(calibration, operator if operator is not None else Drop(), target_depth)
-    return MergeHistory(calibration.depth, steps, teacher=model.config.name_or_path)
+    return MergeHistory(calibration.depth, steps, teacher=model.config.name_or_path or "")
 
 
 def execute(model: PreTrainedModel, history: MergeHistory) -> None:

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import UnionType
 
 from lcprune.errors import InputError
 
@@ -200,7 +201,7 @@ def _parse_step(index: int, data: object) -> MergeStep:
     return MergeStep(tuple(group), operator, tuple(shares), scores, global_step, measured)  # type: ignore[arg-type]
 
 
-def _is_list_of(value: object, kind: object) -> bool:
+def _is_list_of(value: object, kind: type | UnionType) -> bool:
     return isinstance(value, list | tuple) and all(
-        isinstance(item, kind) and not isinstance(item, bool) for item in value  # type: ignore[arg-type]
+        isinstance(item, kind) and not isinstance(item, bool) for item in value
     )

@@ -35,9 +35,7 @@ class Operator:
     elementwise: ClassVar[bool] = False
     """Whether members are added entry by entry, which needs aligned weights to make sense."""
 
-    def merge(
-        self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout
-    ) -> dict[str, Tensor]:
+    def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
         """The merged layer's tensors.
 
         Args:
@@ -59,9 +57,7 @@ class Drop(Operator):
         if self.keep not in ("strongest", "first", "last"):
             raise InputError(f"keep={self.keep!r} of Drop must be strongest, first or last.")
 
-    def merge(
-        self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout
-    ) -> dict[str, Tensor]:
+    def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
         """The kept member's tensors."""
         last = len(members) - 1
         kept = {"strongest": max(range(len(members)), key=lambda k: (shares[k], -k)), "first": 0, "last": last}
@@ -78,9 +74,7 @@ class Rdsc(Operator):
 
     elementwise: ClassVar[bool] = True
 
-    def merge(
-        self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout
-    ) -> dict[str, Tensor]:
+    def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
         """theta_0 + sum over k of (theta_k - theta_0), accumulated in float32; norms of the base."""
         base = members[0]
         merged = {}
@@ -101,9 +95,7 @@ class ReplaceWithLast(Operator):
     thresholds belong to this operator, not to `Rdsc`.
     """
 
-    def merge(
-        self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout
-    ) -> dict[str, Tensor]:
+    def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
         """theta_last for projections, theta_0 for norms."""
         base, last = members[0], members[-1]
         return {name: (base if layout.is_norm(name) else last)[name].clone() for name in base}
@@ -115,10 +107,8 @@ class WeightedAverage(Operator):
 
     elementwise: ClassVar[bool] = True
 
-    def merge(
-        self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout
-    ) -> dict[str, Tensor]:
-        """sum over k of share_k theta_k, written as theta_0 + sum of share_k (theta_k - theta_0)."""
+    def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
+        """Sum over k of share_k theta_k, written as theta_0 + sum of share_k (theta_k - theta_0)."""
         base = members[0]
         merged = {}
         for name, theta in base.items():

@@ -13,6 +13,7 @@ it, so that the lineage says which teacher state the survivor has to reach; with
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch.nn.functional import cosine_similarity
 
@@ -85,7 +86,7 @@ class FixedPlan(Planner):
 class OneShotRanking(Planner):
     """The n lowest-scoring layers, all judged at once, merge into the layer before them (ShortGPT)."""
 
-    criterion: Criterion = BlockInfluence()
+    criterion: Criterion = BlockInfluence()  # noqa: RUF009 - frozen
     """What scores the layers; shares within a group are in proportion to it, so that `Drop` keeps the survivor."""
 
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
@@ -210,7 +211,7 @@ def _groups(going: set[int], depth: int) -> list[list[int]]:
     return [group for group in groups if len(group) > 1]
 
 
-def _uniform(group: Sequence[int]) -> list[float]:
+def _uniform(group: Sequence[object]) -> list[float]:
     return [1 / len(group)] * len(group)
 
 
@@ -229,13 +230,13 @@ def _with_weight_cosines(calibration: Calibration, steps: Sequence[MergeStep]) -
     Near 0 for most trained models: it says when an elementwise operator is hopeless, and costs nothing.
     """
     layers = calibration.layout.layers_of(calibration.model)
-    origins = [(index,) for index in range(len(layers))]
+    origins: list[tuple[int, ...]] = [(index,) for index in range(len(layers))]
     noted = []
     for step in steps:
         bases = [dict(layers[origins[index][0]].named_parameters()) for index in step.group]
         cosines = [
             cosine_similarity(left[name].detach().flatten().float(), right[name].detach().flatten().float(), dim=0)
-            for left, right in zip(bases, bases[1:], strict=False)
+            for left, right in pairwise(bases)
             for name in left
             if left[name].dim() == 2
         ]
