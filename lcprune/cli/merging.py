@@ -41,9 +41,14 @@ def _collapse(arguments: list[str]) -> None:
     cli = RecipeCLI(recipe_arguments, run=False)
     callback = collapse_of(cli)
     depth = cli.model.history.teacher_depth
-    target = own.target_depth if own.target_depth is not None else callback.schedule.target(depth)
-    collapse.check_target_depth(target, depth)
-    callback.planner.check(depth, target)
+    target = own.target_depth
+    if target is None and given is None:
+        if callback.schedule is None:
+            raise InputError("--target-depth is missing, and the recipe has no collapse.schedule: give one of them.")
+        target = callback.schedule.target(depth)
+    if target is not None:
+        collapse.check_target_depth(target, depth)
+        callback.planner.check(depth, target)
     model = load(cli.model.teacher_name, cli.model.weights_dtype)
     if given is None:
         batches = cli.datamodule.calibration_batches()

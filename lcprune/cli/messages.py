@@ -2,21 +2,80 @@
 
 import difflib
 import re
+from collections.abc import Iterable
+
+import lcprune
+from lcprune.errors import InputError
+
+_UNKNOWN = re.compile(r"(?:[Oo]ption '([\w.\-]+)'|unrecognized arguments: --([\w.\-]+))")
+_NO_CLASS = re.compile(r"(?:Expected a dot import path string: |Import path )'?([\w.\-]+)")
+_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
 
 
-def one_sentence(message: str) -> str:
+def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
     """The part of a parser's message that says what is wrong, on one line.
 
     Args:
-        message: Possibly many lines, with the causes nested inside.
+        message: Of jsonargparse: possibly many lines, with the causes nested inside.
+        settings: All settings there are, to guess what a misspelt one was meant to be.
     """
-    if match := re.search(r"(?:Key|Group key|Unrecognized arguments|Option) [\"']?([\w.\-]+)[\"']? is not", message):
-        return f"{match[1]!r} is not a setting of this recipe: compare `lcprune fit --help`."
-    lines = [re.sub(r"\s+", " ", line).strip(" -|") for line in message.splitlines()]
-    return ": ".join(line for line in lines if line)[:600]
+    if match := _UNKNOWN.search(message):
+        return _unknown_setting(match[1] or match[2], settings)
+    key = next(iter(re.findall(r'Parser key "([\w.]+)"', message)), "")
+    causes = _causes(message)
+    for cause in causes:
+        if match := _NO_CLASS.search(cause):
+            near = _did_you_mean(match[1].rpartition(".")[2], [name for name in lcprune.__all__ if name[0].isupper()])
+            return f"{key}: {match[1]!r} is not a class that fits here{near} (a name of lcprune's, or package.Class)."
+    given = next((match[2] for cause in causes if (match := _EXPECTED.search(cause)) and match[2]), None)
+    given = given or next(iter(re.findall(r"Given value: (.*)", message)), None)
+    expected = [_plain(match[1]) for cause in causes if (match := _EXPECTED.search(cause))]
+    expected = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
+    if key and expected and len(expected) == len({cause for cause in causes if "NoneType" not in cause}):
+        return f"{key}={given} must be {' or '.join(expected)}."
+    reasons = [cause for cause in causes if "NoneType" not in cause]
+    return (f"{key}: " if key else "") + "; ".join(reasons)[:500]
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
-    """`, did you mean X?` or nothing."""
+def cause_of(error: BaseException | None) -> InputError | None:
+    """The InputError among an exception and its causes: a parser wraps what a recipe's classes raise."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _unknown_setting(name: str, settings: Iterable[str]) -> str:
+    known = [setting for setting in settings if not setting.endswith(".help")]
+    first = name.partition(".")[0]
+    if first not in (groups := {setting.partition(".")[0] for setting in known}):
+        return f"{first!r} is not a setting{_did_you_mean(first, list(groups)) or ':'} compare `lcprune fit --help`."
+    last = {setting.rpartition(".")[2]: setting for setting in known}
+    near = difflib.get_close_matches(name, known, 1) or [
+        last[match] for match in difflib.get_close_matches(name.rpartition(".")[2], last, 1)
+    ]
+    guess = f", did you mean {near[0]}?" if near else ":"
+    return f"{name!r} is not a setting{guess} compare `lcprune fit --help`."
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, 1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def _causes(message: str) -> list[str]:
+    """The innermost lines: without the key, the list of subtypes and the given value."""
+    skipped = ("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a path but")
+    lines = [re.sub(r"\s+", " ", line).strip(" -") for line in message.splitlines()]
+    lines = [re.sub(r"^Type .* expects a function or a callable class: ", "", line) for line in lines]
+    lines = [line.partition(". Got value: Namespace(")[0] for line in lines]
+    return [line for line in lines if line and not line.startswith(skipped)]
+
+
+def _plain(kind: str) -> str:
+    """A type as a user would write it: `typing.Literal['all', 'layers']` -> one of all, layers."""
+    if match := re.match(r"typing\.Literal\[(.*)\]", kind):
+        return "one of " + match[1].replace("'", "")
+    if match := re.match(r"<class '(?:\w+\.)*(\w+)'>", kind):
+        names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+        return names.get(match[1], match[1])
+    return kind

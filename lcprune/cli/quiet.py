@@ -29,4 +29,4 @@ def quieten() -> None:
 
 
 def _no_hints(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(("💡", "Seed set", "GPU available", "TPU available", "HPU available"))
+    return not record.getMessage().startswith(("💡", "Seed set", "GPU available", "TPU available", "HPU available", "Using bfloat16", "Loading `train"))

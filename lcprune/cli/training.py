@@ -6,6 +6,7 @@ recipe.yaml. What can be known to fail is refused before weights are loaded.
 
 import json
 import sys
+from argparse import _SubParsersAction
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcprune import demo
 from lcprune.cli import tables
-from lcprune.cli.messages import one_sentence
+from lcprune.cli.messages import cause_of, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import check_target, export
@@ -39,7 +40,15 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises InputError; jsonargparse calls this for every mistake in a recipe or on the command line."""
-        raise InputError(one_sentence(message))
+        raise cause_of(ex) or InputError(one_sentence(message, self._settings())) from ex
+
+    def _settings(self) -> set[str]:
+        """Every setting of this parser and its subcommands, dotted."""
+        found = {action.dest for action in self._actions}
+        for action in self._actions:
+            if isinstance(action, _SubParsersAction) and action.choices:
+                found |= {child.dest for parser in action.choices.values() for child in parser._actions}
+        return found
 
 
 class RecipeCLI(LightningCLI):
@@ -66,7 +75,8 @@ class RecipeCLI(LightningCLI):
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """One more option, and the tokenizer follows the teacher."""
+        """`collapse:` beside trainer, model and data; one more option; the tokenizer follows the teacher."""
+        parser.add_lightning_class_args(ProgressiveCollapse, "collapse")
         parser.add_argument("--out", type=Path | None, default=None, help="Folder for the student after fit.")
         parser.link_arguments("model.teacher", "data.tokenizer")
 
@@ -172,18 +182,15 @@ def run(command: str, arguments: list[str]) -> None:
     try:
         RecipeCLI([command, *arguments])
     except MisconfigurationException as error:
-        raise InputError(one_sentence(str(error))) from error
+        raise InputError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        # The parser makes objects of the recipe's classes too, and wraps what they object to.
+        raise cause_of(error) or error from error
 
 
 def collapse_of(cli: RecipeCLI) -> ProgressiveCollapse:
-    """The recipe's ProgressiveCollapse; raises InputError if it has none, or several."""
-    found = [callback for callback in cli.trainer.callbacks if isinstance(callback, ProgressiveCollapse)]  # type: ignore[attr-defined]
-    if len(found) != 1:
-        raise InputError(
-            f"trainer.callbacks holds {len(found)} ProgressiveCollapse, one is needed: it says which layers merge "
-            "(see recipes/shortgpt.yaml)."
-        )
-    return found[0]
+    """The recipe's ProgressiveCollapse."""
+    return next(callback for callback in cli.trainer.callbacks if isinstance(callback, ProgressiveCollapse))  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ no state; the history is the module's.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -52,12 +52,14 @@ class ProgressiveCollapse(Callback):
     """Merges layers of the student during training.
 
     Args:
-        schedule: At which optimizer steps the student gets down to which depth.
-        planner: Which layers merge.
-        operator: What becomes of their weights.
+        schedule: At which optimizer steps the student gets down to which depth; null = no merges.
+        planner: Which layers merge; default: OneShotRanking by BlockInfluence.
+        operator: What becomes of their weights; default: Drop.
     """
 
-    def __init__(self, schedule: Schedule, *, planner: Planner | None = None, operator: Operator | None = None) -> None:
+    def __init__(
+        self, schedule: Schedule | None = None, *, planner: Planner | None = None, operator: Operator | None = None
+    ) -> None:
         self.schedule = schedule
         self.planner = planner if planner is not None else OneShotRanking()
         self.operator = operator if operator is not None else Drop()
@@ -65,12 +67,16 @@ class ProgressiveCollapse(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses, before any weight is loaded, what could not end well."""
-        if stage != "fit":
+        others = [other for other in trainer.callbacks if isinstance(other, ProgressiveCollapse)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise InputError("trainer.callbacks holds ProgressiveCollapse beside the recipe's `collapse`: keep one.")
+        if stage != "fit" or self.schedule is None:
             return
         module = _ours(pl_module)
         depth = module.history.teacher_depth
         self.schedule.check(depth, trainer.max_steps)
-        for before, (_, target) in zip((depth, *self._depths(depth)), self.schedule.milestones(depth), strict=False):
+        depths = [depth, *(target for _, target in self.schedule.milestones(depth))]
+        for before, target in pairwise(depths):
             self.planner.check(before, target)
         if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
             raise InputError(
@@ -88,9 +94,6 @@ class ProgressiveCollapse(Callback):
                 "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
                 "calibration_batches(), like lcprune.TextDataModule."
             )
-
-    def _depths(self, depth: int) -> tuple[int, ...]:
-        return tuple(target for _, target in self.schedule.milestones(depth))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merges that are due before the first optimizer step."""
@@ -110,6 +113,8 @@ class ProgressiveCollapse(Callback):
             self._merge_if_due(trainer, _ours(pl_module))
 
     def _merge_if_due(self, trainer: Trainer, module: DistillationModule) -> None:
+        if self.schedule is None:
+            return
         target = self.schedule.due(trainer.global_step, module.history.teacher_depth)
         if target is None or target >= module.history.depth:
             return
