@@ -206,8 +206,8 @@ def license_of(model: str) -> str | None:
 
     if model == DEMO:
         return "apache-2.0"
-    local = Path(resolve(model)) / "README.md"
-    found = local if local.is_file() else try_to_load_from_cache(model, "README.md") if "/" in model else None
+    folder = Path(resolve(model))
+    found = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(model, "README.md")
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
     return ModelCard(Path(found).read_text(encoding="utf-8")).data.get("license")

@@ -1,10 +1,19 @@
-"""What a user can get wrong, told apart from what we can get wrong.
+"""What a user can get wrong, told apart from what the machine prevents and from what we get wrong.
 
 Every mistake in a recipe, a file or a command line ends as an `InputError`: one sentence that names the field, the
-value received, what is allowed and the way out. The command line prints the sentence and exits with status 2; any
-other exception is a defect of ours and keeps its traceback.
+value received, what is allowed and the way out; the command line exits with status 2. What the machine or the course
+of the run prevents (a full disk, a diverged loss) is a `RunError`, one sentence too, status 1. Any other exception is
+a defect of ours and keeps its traceback.
 """
 
 
 class InputError(ValueError):
     """The user's input is wrong; the message is one sentence that says how to mend it."""
+
+
+class RunError(RuntimeError):
+    """The work cannot be finished, through no mistake in the input; the message is one sentence."""
+
+
+class DiskError(RunError, OSError):
+    """Nothing can be written where it should be; what was there is as it was."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from lcprune import __version__
-from lcprune.errors import InputError
+from lcprune.errors import InputError, RunError
 
 HELP = f"""lcprune {__version__}: a causal LM 20-50 % shorter, taught by the original
 
@@ -58,10 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(error, 2)
     except KeyboardInterrupt:
         return _say("stopped", 130)
+    except RunError as error:
+        return _say(error, 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        return _say(error, 1)
+        return _say(f"{error.strerror} ({error.filename}): make room, or write somewhere else.", 1)
 
 
 def lightning_main() -> int:

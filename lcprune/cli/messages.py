@@ -64,8 +64,10 @@ def _did_you_mean(word: str, known: list[str]) -> str:
 
 def _causes(message: str) -> list[str]:
     """The innermost lines: without the key, the list of subtypes and the given value."""
-    skipped = ("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a path but")
-    lines = [re.sub(r"\s+", " ", line).strip(" -") for line in message.splitlines()]
+    skipped = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a path but")
+    lines = [
+        re.sub(r"\s+", " ", line).strip(" -") for line in re.sub(r'Parser key "[\w.]+":', "", message).splitlines()
+    ]
     lines = [re.sub(r"^Type .* expects a function or a callable class: ", "", line) for line in lines]
     lines = [line.partition(". Got value: Namespace(")[0] for line in lines]
     return [line for line in lines if line and not line.startswith(skipped)]

@@ -29,4 +29,6 @@ def quieten() -> None:
 
 
 def _no_hints(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(("💡", "Seed set", "GPU available", "TPU available", "HPU available", "Using bfloat16", "Loading `train"))
+    return not record.getMessage().startswith(
+        ("💡", "Seed set", "GPU available", "TPU available", "HPU available", "Using bfloat16", "Loading `train")
+    )

@@ -87,7 +87,11 @@ class RecipeCLI(LightningCLI):
         wanted = settings.get("enable_progress_bar") is not False
         if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             settings["callbacks"] = [*callbacks, RichProgressBar(leave=False)]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            # Lightning's own words about settings that do not go together.
+            raise cause_of(error) or InputError(f"trainer: {' '.join(str(error).split())}") from error
 
     def before_fit(self) -> None:
         """What can go wrong at the end or at the start is looked at first."""

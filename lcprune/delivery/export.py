@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lcprune.delivery.card import model_card
-from lcprune.errors import InputError
+from lcprune.errors import DiskError, InputError, RunError
 from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import MergeHistory
 
@@ -64,8 +64,8 @@ def export(
 
     Raises:
         InputError: `out` is something that an export must not replace.
-        OSError: The disk is full or may not be written; nothing was left behind.
-        RuntimeError: The folder does not give the student back; nothing was left behind.
+        DiskError: The disk is full or may not be written; nothing was left behind.
+        RunError: The folder does not give the student back; nothing was left behind.
     """
     check_target(out)
     _check_depth(student, history, "The student")
@@ -134,7 +134,7 @@ def _write_account(
 def _check_depth(model: PreTrainedModel, history: MergeHistory, what: str) -> None:
     depth = model.config.get_text_config().num_hidden_layers
     if depth != history.depth:
-        raise RuntimeError(f"{what} has num_hidden_layers={depth}, its history ends at {history.depth}: not exported.")
+        raise RunError(f"{what} has num_hidden_layers={depth}, its history ends at {history.depth}: not exported.")
 
 
 def _prove(student: PreTrainedModel, folder: Path, history: MergeHistory) -> None:
@@ -150,7 +150,7 @@ def _prove(student: PreTrainedModel, folder: Path, history: MergeHistory) -> Non
         _check_weights(student, reloaded)
         _check_logits(student, reloaded)
     except torch.OutOfMemoryError as error:
-        raise RuntimeError(
+        raise RunError(
             f"No memory on {student.device} for the second copy that proves the export; nothing was left behind: "
             "export from the run's checkpoint in a process of its own (lcprune export)."
         ) from error
@@ -161,7 +161,7 @@ def _check_weights(student: PreTrainedModel, reloaded: PreTrainedModel) -> None:
     differing = ours.keys() ^ theirs.keys()
     differing |= {name for name in ours.keys() & theirs.keys() if not _same_bits(ours[name], theirs[name])}
     if differing:
-        raise RuntimeError(
+        raise RunError(
             f"The exported folder, reloaded, differs from the student in {len(differing)} of {len(ours)} tensors, "
             f"first {min(differing)}: not exported, nothing was left behind."
         )
@@ -178,11 +178,11 @@ def _check_logits(student: PreTrainedModel, reloaded: PreTrainedModel) -> None:
         expected_BTV = student(input_ids=ids_BT, use_cache=False).logits
         received_BTV = reloaded(input_ids=ids_BT, use_cache=False).logits
     if not torch.isfinite(expected_BTV).all():
-        raise RuntimeError("The student's logits are not finite: training diverged, and there is nothing to export.")
+        raise RunError("The student's logits are not finite: training diverged, and there is nothing to export.")
     difference = (received_BTV.float() - expected_BTV.float()).abs().max().item()
     allowed = TOLERANCE_IN_ULPS * torch.finfo(student.dtype).eps * expected_BTV.float().abs().max().item()
     if not difference <= allowed:
-        raise RuntimeError(
+        raise RunError(
             f"The exported folder, reloaded, gives other logits than the student (largest difference {difference:.3g}, "
             f"allowed {allowed:.3g}{_differing_buffers(student, reloaded)}): not exported, nothing was left behind."
         )
@@ -211,14 +211,10 @@ def _put_in_place(folder: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _cannot_write(out: Path, error: OSError | SafetensorError) -> OSError:
+def _cannot_write(out: Path, error: OSError | SafetensorError) -> DiskError:
     # safetensors reports a full disk by an exception of its own that is no OSError.
     reason = getattr(error, "strerror", None) or str(error)
-    message = (
+    return DiskError(
         f"The export to {out} failed ({reason}); nothing was left behind and {out} is as it was: "
         "make room or name a folder on another disk, then export again."
     )
-    number = getattr(error, "errno", None)
-    failure = type(OSError(number, message))(message)  # PermissionError for EACCES and so on, without "[Errno 13]"
-    failure.errno = number
-    return failure

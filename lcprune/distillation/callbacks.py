@@ -32,7 +32,7 @@ from lcprune.distillation import optim
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Schedule
-from lcprune.errors import InputError
+from lcprune.errors import InputError, RunError
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.lineage import MergeHistory, MergeStep
@@ -221,7 +221,7 @@ def _compare(trainer: Trainer, digest: str) -> None:
     mine = torch.tensor(int(digest[:15], 16), dtype=torch.int64, device=trainer.strategy.root_device)
     everyone = trainer.strategy.all_gather(mine).flatten()  # type: ignore[union-attr]
     if not bool((everyone == mine).all()):
-        raise RuntimeError("The ranks received different plans for a merge.")
+        raise RunError("The ranks received different plans for a merge.")
 
 
 def _rewrap(strategy: DDPStrategy) -> None:

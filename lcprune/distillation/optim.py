@@ -77,8 +77,14 @@ class RewarmingCosine(LambdaLR):
                 f"RewarmingCosine: warmup_steps={warmup_steps} and rewarm_steps={rewarm_steps} must not be negative, "
                 f"floor={floor} must lie between 0 and 1 and total_steps={total_steps} must be positive."
             )
-        self.curve = _Curve(warmup_steps, rewarm_steps, floor, total_steps)
-        super().__init__(optimizer, self.curve, last_epoch)
+        super().__init__(optimizer, _Curve(warmup_steps, rewarm_steps, floor, total_steps), last_epoch)
+
+    @property
+    def curve(self) -> "_Curve":
+        """The multiplier; an attribute of ours would be pickled into every checkpoint."""
+        curve = self.lr_lambdas[0]
+        assert isinstance(curve, _Curve)
+        return curve
 
     def set_total_steps(self, steps: int) -> None:
         """Completes a curve that was made without knowing the length of the run."""

@@ -13,10 +13,9 @@ parameter of member k, theta_0 of the base.
 base are kept, as LaCo does.
 """
 
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -141,23 +140,17 @@ def from_spec(spec: Mapping[str, object]) -> Operator:
     """
     class_path, init_args = str(spec.get("class_path")), spec.get("init_args") or {}
     module_name, _, name = class_path.rpartition(".")
-    if module_name in ("", "lcprune"):
-        module_name = __name__
-    if module_name.startswith("lcprune."):
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError:
-            module = None
-    else:
-        module = sys.modules.get(module_name)
+    module = sys.modules.get(__name__ if module_name in ("", "lcprune") else module_name)
     kind = getattr(module, name, None)
     if not (isinstance(kind, type) and issubclass(kind, Operator) and kind is not Operator):
         known = ", ".join(sorted(sub.__name__ for sub in Operator.__subclasses__()))
         raise InputError(f"operator class_path={class_path!r} is not an operator; known are {known}.")
-    fields = getattr(kind, "__dataclass_fields__", {})
-    unknown = [key for key in init_args if key not in fields] if isinstance(init_args, Mapping) else ["init_args"]
+    known_arguments = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(init_args, Mapping):
+        raise InputError(f"operator init_args={init_args!r} of {name} must be an object of arguments.")
+    unknown = [key for key in init_args if key not in known_arguments]
     if unknown:
-        allowed = ", ".join(fields) or "none"
+        allowed = ", ".join(known_arguments) or "none"
         raise InputError(f"operator {name} does not take {unknown[0]!r}; its arguments are: {allowed}.")
     operator = kind(**init_args)  # type: ignore[arg-type]
     assert isinstance(operator, Operator)

@@ -170,6 +170,7 @@ class ThresholdPlanner(Planner):
         base = min(self.highest if self.highest is not None else depth, depth) - self.layers_per_merge
         if base < self.lowest:
             return ()
+        calibration.reference  # noqa: B018 - taken now: inside a trial it would be the trial's own
         prefixes = calibration.prefixes(base)
         criterion, steps = OutputSimilarity(), []
         with ExitStack() as accepted:

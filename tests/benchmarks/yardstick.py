@@ -147,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _row(name: str, results: dict[int, Result]) -> None:
-    print(f"{name:12}", *(f"{depth} layers {result['perplexity']:10.4g}" for depth, result in results.items()), sep="  ")
+    print(
+        f"{name:12}", *(f"{depth} layers {result['perplexity']:10.4g}" for depth, result in results.items()), sep="  "
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Shared by the tests of this room and by the two scripts that they start in proce
 """
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -96,7 +96,12 @@ class Losses(Callback):
         self.seen: dict[int, float] = {}
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: DistillationModule, outputs: Mapping[str, torch.Tensor], batch: Batch, index: int
+        self,
+        trainer: Trainer,
+        pl_module: DistillationModule,
+        outputs: Mapping[str, torch.Tensor],
+        batch: Batch,
+        index: int,
     ) -> None:
         """Takes down one loss."""
         self.seen[trainer.global_step] = outputs["loss"].item()
@@ -116,3 +121,37 @@ def batch_of(rows: Iterable[Iterable[int]]) -> dict[str, torch.Tensor]:
     """A batch whose labels are its inputs."""
     input_ids = torch.tensor([list(row) for row in rows])
     return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+POINTS = ("before", "at", "after")
+"""Where a run can be interrupted at a step's merge: before its batch; between optimizer step and merge; behind both."""
+
+
+class Interrupt(Callback):
+    """Calls `stop` at one point of one optimizer step. Stands before ProgressiveCollapse."""
+
+    def __init__(self, step: int, point: str, stop: Callable[[], None]) -> None:
+        self.step, self.point, self.stop = step, point, stop
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        """Before the batch of the step, or of the one behind it."""
+        done = {"before": self.step - 1, "after": self.step}
+        if trainer.global_step == done.get(self.point):
+            self.stop()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        """Right after the optimizer step."""
+        if (trainer.global_step, self.point) == (self.step, "at"):
+            self.stop()
+
+
+def resumable(
+    folder: Path, teacher: Path, text: Path, *others: Callback, resume: bool = False, **settings: object
+) -> tuple[DistillationModule, dict[int, float]]:
+    """A run with two merges that keeps `last.ckpt` in a folder, begun or gone on with; its losses by step."""
+    losses, module = Losses(), student_of(teacher)
+    torch.manual_seed(123 if resume else 0)
+    trainer = trainer_for(folder, losses, *others, two_merges(), checkpoints_in(folder), **settings)
+    checkpoint = str(folder / "last.ckpt") if resume else None
+    trainer.fit(module, datamodule=data_for(teacher, text, validation_blocks=1), ckpt_path=checkpoint)
+    return module, losses.seen

@@ -238,10 +238,21 @@ def test_callback_that_holds_on_to_weights_is_refused(fit: Fit, other: Callable[
 
 
 @pytest.mark.usefixtures("nothing_loaded")
-def test_data_without_calibration_batches_is_refused(tiny_folder: Path, tmp_path: Path):
+def test_data_without_calibration_batches_is_refused(tiny_folder: Path, text: Path, tmp_path: Path):
+    class Bare(LightningDataModule):
+        """Loaders and nothing to plan by."""
+
+        inner = runs.data_for(tiny_folder, text)
+
+        def train_dataloader(self) -> object:
+            self.inner.setup()
+            return self.inner.train_dataloader()
+
+        val_dataloader = train_dataloader
+
     trainer = runs.trainer_for(tmp_path, runs.two_merges())
     with pytest.raises(InputError, match=r"calibration_batches\(\)"):
-        trainer.fit(runs.student_of(tiny_folder), datamodule=LightningDataModule())
+        trainer.fit(runs.student_of(tiny_folder), datamodule=Bare())
 
 
 def test_strategy_without_an_adapter_is_refused(tiny_folder: Path, tmp_path: Path):
@@ -279,9 +290,7 @@ def test_ranks_with_other_plans_are_noticed():
 
 def _still(folder: Path) -> DistillationModule:
     """Nothing moves, so that figures change at merges only."""
-    return runs.student_of(
-        folder, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0), lr_scheduler=None
-    )
+    return runs.student_of(folder, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0), lr_scheduler=None)
 
 
 EVERY_STEP = {"val_check_interval": 1, "check_val_every_n_epoch": None}

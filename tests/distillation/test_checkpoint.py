@@ -30,7 +30,9 @@ HISTORY = MergeHistory(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, text: Path) -> tuple[Path, DistillationModule]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, text: Path
+) -> tuple[Path, DistillationModule]:
     """The last checkpoint of a run with two merges, and the module that wrote it; without a scheduler; read only."""
     folder = tmp_path_factory.mktemp("finished")
     module = runs.student_of(tiny_folder, lr_scheduler=None)
@@ -101,7 +103,9 @@ def test_loaded_student_is_the_modules_in_every_family(
 ):
     teacher = runs.save_teacher(tmp_path / "teacher", model=builders.tiny_llama(tied=False, model_type=family))
     module = runs.student_of(teacher, lr_scheduler=None)
-    trainer = runs.trainer_for(tmp_path, runs.two_merges(), runs.checkpoints_in(tmp_path), max_steps=8, precision=precision)
+    trainer = runs.trainer_for(
+        tmp_path, runs.two_merges(), runs.checkpoints_in(tmp_path), max_steps=8, precision=precision
+    )
     trainer.fit(module, datamodule=runs.data_for(teacher, text))
     student, _ = load_student(tmp_path / "last.ckpt")
     assert student.config.dtype == student.dtype
@@ -217,4 +221,3 @@ def test_validation_of_a_checkpoint_has_its_depth(
     assert module.history == finished[1].history
     (again,) = runs.trainer_for(tmp_path).validate(finished[1], data, verbose=False)
     assert logged == again
-

@@ -53,9 +53,7 @@ def test_module_refuses_a_word_it_does_not_know(tiny_folder: Path, wrong: dict[s
 
 
 @pytest.mark.parametrize("train", ["all", "layers"])
-def test_one_step_moves_every_trained_parameter_and_no_other(
-    tiny_folder: Path, text: Path, tmp_path: Path, train: str
-):
+def test_one_step_moves_every_trained_parameter_and_no_other(tiny_folder: Path, text: Path, tmp_path: Path, train: str):
     module = runs.student_of(tiny_folder, train=train)
     seen: dict[str, Tensor] = {}
 
@@ -120,7 +118,9 @@ def test_held_out_perplexity_is_transformers_own(
                 nats += model(**batch).loss.item() * count
                 tokens += count
         assert tokens == 5 * 15
-        assert logged[f"{stage}/{name}"] == pytest.approx(math.exp(nats / tokens), rel=1e-5 if "32" in precision else 0.01)
+        assert logged[f"{stage}/{name}"] == pytest.approx(
+            math.exp(nats / tokens), rel=1e-5 if "32" in precision else 0.01
+        )
     assert 0 < logged[f"{stage}/agreement"] < 1
 
 

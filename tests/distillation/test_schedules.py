@@ -1,5 +1,7 @@
 """Milestones as literal numbers, what is refused, and what `Evenly` promises for any numbers."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,7 +95,7 @@ def test_evenly_spans_first_to_last_in_growing_steps_and_ends_at_the_target(exam
     assert len(steps) == schedule.merges
     assert steps[0] == schedule.first
     assert steps[-1] == (schedule.first if schedule.last is None else schedule.last)
-    assert all(left < right for left, right in zip(steps, steps[1:], strict=False))
+    assert all(left < right for left, right in pairwise(steps))
     assert depths[-1] == schedule.target_depth
     gone = [before - after for before, after in zip((depth, *depths), depths, strict=False)]
     assert min(gone) >= 1

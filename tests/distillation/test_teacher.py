@@ -154,7 +154,7 @@ def test_teacher_is_bitwise_the_same_after_training_with_merges(
     tiny_folder: Path, text: Path, tmp_path: Path, precision: str, train: str
 ):
     module = runs.student_of(tiny_folder, train=train, objective=[Logits(), Labels(0.5)])
-    module._trainer = trainer = runs.trainer_for(tmp_path, runs.two_merges(), precision=precision)
+    module._trainer = trainer = runs.trainer_for(tmp_path, runs.two_merges(), precision=precision, max_steps=8)
     module.configure_model()
     assert module.teacher is not None
     before = runs.weights_of(module.teacher.model)

@@ -33,7 +33,9 @@ def test_norms_are_all_norms_of_a_layer(family: Family):
     layout = layout_of(model.config)
     layer = layout.layers_of(model)[0]
     assert {name for name, module in layer.named_modules() if "RMSNorm" in type(module).__name__} == set(layout.norms)
-    assert {name for name, _ in layer.named_parameters() if layout.is_norm(name)} == {f"{n}.weight" for n in layout.norms}
+    assert {name for name, _ in layer.named_parameters() if layout.is_norm(name)} == {
+        f"{n}.weight" for n in layout.norms
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,7 +65,13 @@ def test_depth_is_read_from_the_config(family: Family):
 
 def test_keep_layers_cuts_every_list_of_the_config_by_position():
     config = tiny_config(n_layers=5, model_type="qwen2")
-    config.layer_types = ["full_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    config.layer_types = [
+        "full_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+    ]
     layout_of(config).keep_layers(config, [0, 2, 3])
     assert config.num_hidden_layers == 3
     assert config.layer_types == ["full_attention", "sliding_attention", "full_attention"]

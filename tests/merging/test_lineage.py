@@ -128,12 +128,11 @@ def test_group_that_is_no_run_of_layers_is_refused(group: tuple[int, ...]):
         MergeStep(group, DROP, (1 / max(1, len(group)),) * len(group))
 
 
-NAN = float("nan")
-
-
-@pytest.mark.parametrize("shares", [(), (1.0,), (0.5, 0.6), (1.5, -0.5), (0.5, 0.25, 0.25), (NAN, NAN), (float("inf"), 0)])
+@pytest.mark.parametrize("shares", [(), (1.0,), (0.5, 0.6), (1.5, -0.5), (0.5, 0.25, 0.25), (float("inf"), 0)])
 def test_shares_that_are_no_fractions_of_the_members_are_refused(shares: tuple[float, ...]):
-    with pytest.raises(InputError, match=r"shares=.* of group \[1, 2\] must be 2 numbers, none negative, that sum to 1"):
+    with pytest.raises(
+        InputError, match=r"shares=.* of group \[1, 2\] must be 2 numbers, none negative, that sum to 1"
+    ):
         MergeStep((1, 2), DROP, shares)
 
 
@@ -186,8 +185,6 @@ def plan_with(**changes: object) -> dict[str, object]:
         (plan_with(scores=[1]), r"steps\[0\].scores=\[1\] must be an object"),
         (plan_with(measured=None), r"steps\[0\].measured=None must be an object"),
         (plan_with(global_step=1.5), r"steps\[0\].global_step=1.5 must be a whole number or null"),
-        (plan_with(scores={"seen": "low"}), r"steps\[0\].scores"),
-        (plan_with(stesp=[]), "unknown key 'stesp'"),
     ],
 )
 def test_plan_that_does_not_fit_is_refused_by_the_field(data: Mapping[str, object], words: str):
@@ -208,3 +205,28 @@ def test_file_that_holds_no_plan_is_named(content: bytes | None, tmp_path: Path)
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"plan\.json"):
         MergeHistory.load(path)
+
+
+# DEFECT in lineage.MergeStep.__post_init__: `abs(nan - 1) > 1e-6` is false; JSON as Python reads it can hold NaN.
+def test_shares_that_are_not_numbers_are_refused():
+    with pytest.raises(InputError, match="shares="):
+        MergeStep((1, 2), DROP, (float("nan"), float("nan")))
+
+
+# DEFECT in lineage._parse: a misspelt `steps` reads as a plan without merges.
+def test_unknown_key_of_a_plan_is_refused():
+    with pytest.raises(InputError, match="unknown key 'stesp'"):
+        MergeHistory.from_dict({"format": FORMAT, "teacher_depth": 6, "stesp": []})
+
+
+# DEFECT in lineage._parse_step: the values of scores and measured are not looked at.
+@pytest.mark.parametrize("name", ["scores", "measured"])
+def test_figures_that_are_not_numbers_are_refused(name: str):
+    with pytest.raises(InputError, match=rf"steps\[0\].{name}"):
+        MergeHistory.from_dict(plan_with(**{name: {"seen": "low"}}))
+
+
+# DEFECT in lineage._parse_step: True is an int.
+def test_truth_value_is_no_global_step():
+    with pytest.raises(InputError, match=r"steps\[0\].global_step=True"):
+        MergeHistory.from_dict(plan_with(global_step=True))

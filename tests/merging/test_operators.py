@@ -213,7 +213,8 @@ def test_operator_of_an_imported_module_is_found(monkeypatch: pytest.MonkeyPatch
         "Dorp",
         "",
         ".",
-        ".Drop",
+        "lcprune..Drop",
+        "lcprune.cli.Drop",
         "None",
     ],
 )
@@ -234,7 +235,7 @@ def test_module_that_is_not_imported_yet_is_not_imported(tmp_path: Path, monkeyp
     ("class_path", "init_args", "words"),
     [
         ("Drop", {"kep": "first"}, "Drop does not take 'kep'; its arguments are: keep"),
-        ("Rdsc", {"keep": "first"}, "Rdsc does not take 'keep'; its arguments are: none"),
+        ("Rdsc", {"keep": "first"}, "Rdsc does not take 'keep'"),
         ("Drop", {"keep": "weakest"}, "keep='weakest'"),
         ("Drop", ["first"], "Drop does not take 'init_args'"),
     ],
@@ -242,3 +243,17 @@ def test_module_that_is_not_imported_yet_is_not_imported(tmp_path: Path, monkeyp
 def test_arguments_that_an_operator_does_not_take_are_refused(class_path: str, init_args: object, words: str):
     with pytest.raises(InputError, match=words):
         from_spec({"class_path": class_path, "init_args": init_args})
+
+
+# DEFECT in operators.from_spec: __dataclass_fields__ holds ClassVars too, so this is a TypeError, and the message offers
+# `elementwise` as an argument.
+def test_class_variable_is_not_taken_for_an_argument():
+    with pytest.raises(InputError, match="Rdsc does not take 'elementwise'; its arguments are: none"):
+        from_spec({"class_path": "Rdsc", "init_args": {"elementwise": False}})
+
+
+# DEFECT in operators.from_spec: it imports any module below lcprune; to import lcprune.__main__ is to run it.
+def test_plan_cannot_run_the_command_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["lcprune"])
+    with pytest.raises(InputError, match="is not an operator"):
+        from_spec({"class_path": "lcprune.__main__.Drop"})

@@ -245,7 +245,9 @@ def test_trial_leaves_the_model_bit_for_bit_when_the_body_raises(family: Family)
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("bad", [step(4, 5), MergeStep((0, 1), {"class_path": "Dorp"}, (0.5, 0.5))], ids=["group", "op"])
+@pytest.mark.parametrize(
+    "bad", [step(4, 5), MergeStep((0, 1), {"class_path": "Dorp"}, (0.5, 0.5))], ids=["group", "op"]
+)
 def test_trial_leaves_the_model_bit_for_bit_when_a_later_step_is_wrong(bad: MergeStep):
     model = tiny_llama(model_type="qwen2")
     before = state_of(model)
@@ -254,7 +256,9 @@ def test_trial_leaves_the_model_bit_for_bit_when_a_later_step_is_wrong(bad: Merg
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("bad", [step(5, 6), MergeStep((0, 1), {"class_path": "Dorp"}, (0.5, 0.5))], ids=["group", "op"])
+@pytest.mark.parametrize(
+    "bad", [step(5, 6), MergeStep((0, 1), {"class_path": "Dorp"}, (0.5, 0.5))], ids=["group", "op"]
+)
 def test_apply_touches_nothing_when_the_step_is_wrong(bad: MergeStep):
     model = tiny_llama(model_type="qwen2")
     before = state_of(model)
@@ -270,7 +274,9 @@ def test_replay_rebuilds_the_structure(family: Family):
     surgery.replay(replayed, MergeHistory(6, STEPS))
     assert replayed.config.to_dict() == merged.config.to_dict()
     assert [layer.self_attn.layer_idx for layer in layers_of(replayed)] == [0, 1, 2]
-    assert {n: t.shape for n, t in replayed.state_dict().items()} == {n: t.shape for n, t in merged.state_dict().items()}
+    assert {n: t.shape for n, t in replayed.state_dict().items()} == {
+        n: t.shape for n, t in merged.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)

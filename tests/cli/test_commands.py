@@ -1,0 +1,189 @@
+"""The command line end to end on a tiny model: what a user types, and what lies on the disk afterwards."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lcprune import cli
+from lcprune.cli import main
+from lcprune.merging.lineage import MergeHistory
+from tests.cli.recipe import recipe, text_file, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:`litmodels`", "ignore:The `srun` command")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `lcprune fit` that has ended; read only."""
+    folder = tmp_path_factory.mktemp("fit")
+    assert main(["fit", "--config", str(write(folder, recipe(tiny_folder, text_file(folder), folder / "run")))]) == 0
+    return folder
+
+
+def test_fit_exports_a_student_of_the_target_depth(finished: Path):
+    student = AutoModelForCausalLM.from_pretrained(finished / "run" / "student")
+    assert len(student.model.layers) == student.config.num_hidden_layers == 4
+
+
+def test_exported_student_generates_without_lcprune(finished: Path):
+    code = (
+        "import sys; sys.modules['lcprune'] = None\n"
+        "from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
+        f"m = A.from_pretrained({str(finished / 'run/student')!r}); t = T.from_pretrained({str(finished / 'run/student')!r})\n"
+        "print(m.generate(**t('layer', return_tensors='pt'), max_new_tokens=5, use_cache=True).shape[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 5
+
+
+def test_fit_leaves_the_run_folder_that_the_readme_promises(finished: Path):
+    run = finished / "run"
+    names = {path.name for path in run.iterdir()}
+    assert {"student", "recipe.yaml", "metrics.csv", "figures.json", "checkpoints"} <= names
+    history = MergeHistory.load(run / "student" / "history.json")
+    assert (history.teacher_depth, history.depth) == (6, 4)
+    assert [step.global_step for step in history.steps] == [0, 3]
+    assert all("val/perplexity" in step.measured for step in history.steps)
+
+
+def test_fit_logs_the_metrics_by_their_names(finished: Path):
+    with (finished / "run" / "metrics.csv").open() as file:
+        columns = set(csv.DictReader(file).fieldnames or ())
+    assert {"train/loss", "train/logits", "train/boundary", "depth"} <= columns
+    assert {"val/perplexity_after_merge", "val/agreement_after_merge"} <= columns
+
+
+def test_saved_recipe_is_one_that_fit_accepts(finished: Path, tmp_path: Path):
+    saved = finished / "run" / "recipe.yaml"
+    out = tmp_path / "again"
+    assert main(["fit", "--config", str(saved), "--out", str(out), "--trainer.default_root_dir", str(tmp_path)]) == 0
+    first = AutoModelForCausalLM.from_pretrained(finished / "run" / "student").state_dict()
+    again = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_closing_table_names_teacher_merges_and_student(finished: Path, capsys: pytest.CaptureFixture[str]):
+    figures = json.loads((finished / "run" / "figures.json").read_text())
+    assert figures["teacher"]["layers"] == 6
+    assert figures["student"]["layers"] == 4
+    assert figures["student"]["parameters"] < figures["teacher"]["parameters"]
+    assert figures["student"]["bytes"] > 0
+    assert min(figures["speed"].values()) > 0
+    assert {"val/perplexity", "val/teacher_perplexity", "val/agreement"} <= figures["final"].keys()
+
+
+def test_export_makes_of_the_last_checkpoint_what_fit_exported(finished: Path, tmp_path: Path):
+    checkpoint = finished / "run" / "checkpoints" / "last.ckpt"
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "short")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "short").state_dict()
+    fitted = AutoModelForCausalLM.from_pretrained(finished / "run" / "student").state_dict()
+    assert exported.keys() == fitted.keys()
+    assert all(torch.equal(exported[name], fitted[name]) for name in fitted)
+
+
+def test_validate_of_a_checkpoint_gives_the_final_perplexity(
+    finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    checkpoint = finished / "run" / "checkpoints" / "last.ckpt"
+    run = tmp_path / "validate"
+    content = recipe(
+        Path(yaml.safe_load((finished / "recipe.yaml").read_text())["model"]["teacher"]), finished / "text.txt", run
+    )
+    assert main(["validate", "--config", str(write(tmp_path, content)), "--ckpt_path", str(checkpoint)]) == 0
+    with (run / "metrics.csv").open() as file:
+        row = list(csv.DictReader(file))[-1]
+    final = json.loads((finished / "run" / "figures.json").read_text())["final"]
+    assert float(row["val/perplexity"]) == pytest.approx(final["val/perplexity"], rel=1e-5)
+
+
+def test_predict_writes_a_continuation_per_block(finished: Path, tiny_folder: Path, tmp_path: Path):
+    checkpoint = finished / "run" / "checkpoints" / "last.ckpt"
+    config = write(tmp_path, recipe(tiny_folder, finished / "text.txt", tmp_path / "run"))
+    assert main(["predict", "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(row["prompt"] for row in rows)
+
+
+@pytest.fixture
+def config(tiny_folder: Path, tmp_path: Path) -> str:
+    return str(write(tmp_path, recipe(tiny_folder, text_file(tmp_path), tmp_path / "run")))
+
+
+def test_plan_only_prints_and_writes_a_plan_and_touches_nothing_else(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plan = tmp_path / "plans" / "plan.json"
+    assert main(["collapse", "--config", config, "--plan-only", "--out", str(plan)]) == 0
+    history = MergeHistory.load(plan)
+    assert (history.teacher_depth, history.depth) == (6, 4)
+    assert "6 layers -> 4" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_edited_plan_is_executed_as_edited(config: str, tmp_path: Path):
+    plan, out = tmp_path / "plan.json", tmp_path / "short"
+    assert main(["collapse", "--config", config, "--plan-only", "--out", str(plan)]) == 0
+    content = json.loads(plan.read_text())
+    content["steps"] = [{"group": [2, 3, 4], "operator": {"class_path": "Drop", "init_args": {"keep": "last"}}}]
+    plan.write_text(json.dumps(content))
+    assert main(["collapse", "--config", config, "--plan", str(plan), "--out", str(out)]) == 0
+    assert MergeHistory.load(out / "history.json").lineage == ((0,), (1,), (2, 3, 4), (5,))
+    teacher = yaml.safe_load(Path(config).read_text())["model"]["teacher"]
+    original = AutoModelForCausalLM.from_pretrained(teacher).model.layers[4].state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(out).model.layers[2].state_dict()
+    assert all(torch.equal(merged[name], original[name]) for name in original)
+
+
+def test_collapse_without_training_reaches_the_target(config: str, tmp_path: Path):
+    out = tmp_path / "short"
+    assert main(["collapse", "--config", config, "--target-depth", "3", "--out", str(out)]) == 0
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 3
+    assert AutoTokenizer.from_pretrained(out)("layer").input_ids
+
+
+def test_score_covers_every_layer_by_every_criterion(config: str, tmp_path: Path):
+    path = tmp_path / "scores.json"
+    assert main(["score", "--config", config, "--out", str(path)]) == 0
+    columns = json.loads(path.read_text())
+    assert set(columns) == {"BlockInfluence", "AngularDistance", "OutputSimilarity", "TrialPerplexity"}
+    assert {len(scores) for scores in columns.values()} == {6}
+
+
+def test_fit_without_schedule_trains_an_unmerged_student(tiny_folder: Path, tmp_path: Path):
+    content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", collapse__schedule=None)
+    content["model"]["objective"] = [{"class_path": "Labels"}]  # type: ignore[index]
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
+    assert MergeHistory.load(tmp_path / "run" / "student" / "history.json").steps == ()
+
+
+def test_lightning_fit_is_lcprune_fit(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr(cli, "_run", lambda command, arguments: seen.append((command, arguments)) or 0)
+    monkeypatch.setattr(sys, "argv", ["lightning", "fit", "--config", "x.yaml"])
+    assert cli.lightning_main() == 0
+    assert seen == [("fit", ["--config", "x.yaml"])]
+
+
+def test_lightning_with_another_command_needs_lightning_sdk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "lightning_sdk.cli.entrypoint", None)
+    monkeypatch.setattr(sys, "argv", ["lightning", "login"])
+    assert cli.lightning_main() == 2
+    assert "lightning_sdk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("fit", "validate", "test", "predict", "collapse", "score", "export"))

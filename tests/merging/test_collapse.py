@@ -1,0 +1,128 @@
+"""Plan, edit, execute: a shorter model without any training."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lcprune.errors import InputError
+from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.collapse import check_target_depth, collapse, execute, plan
+from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.operators import Drop, Rdsc, spec_of
+from lcprune.merging.planners import ContiguousBlock, FixedPlan, OneShotRanking
+from tests.builders import FAMILIES, Family, save_tiny, tiny_llama, token_batches
+
+
+def batches() -> list[Batch]:
+    return [{"input_ids": ids} for ids in token_batches()]
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+def test_plan_leaves_the_model_as_it_is():
+    model = tiny_llama()
+    weights, config = weights_of(model), copy.deepcopy(model.config.to_dict())
+    plan(model, batches(), target_depth=3)
+    assert_same(weights_of(model), weights)
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_collapse_reaches_the_target_and_says_how(family: Family):
+    model = tiny_llama(model_type=family)
+    history = collapse(model, batches(), target_depth=2)
+    assert model.config.num_hidden_layers == history.depth == 2
+    assert history.teacher_depth == 6
+
+
+def test_collapse_is_plan_and_then_execute():
+    collapsed, planned = tiny_llama(), tiny_llama()
+    history = plan(planned, batches(), target_depth=4, operator=Rdsc())
+    execute(planned, history)
+    assert collapse(collapsed, batches(), target_depth=4, operator=Rdsc()) == history
+    assert_same(weights_of(collapsed), weights_of(planned))
+
+
+def test_default_is_shortgpt():
+    model = tiny_llama()
+    expected = OneShotRanking().plan(Calibration(model, batches()), Drop(), 4)
+    assert plan(model, batches(), target_depth=4).steps == expected
+
+
+def test_planner_and_operator_given_are_used():
+    history = plan(tiny_llama(), batches(), target_depth=5, planner=FixedPlan([[2, 3]]), operator=Rdsc())
+    assert [(step.group, step.operator) for step in history.steps] == [((2, 3), spec_of(Rdsc()))]
+
+
+def test_plan_names_the_teacher(tmp_path: Path):
+    folder = save_tiny(tmp_path / "teacher")
+    model = tiny_llama().from_pretrained(folder)
+    assert plan(model, batches(), target_depth=5).teacher == str(folder)
+
+
+def test_plan_that_went_through_json_executes_alike():
+    model, again = tiny_llama(), tiny_llama()
+    history = plan(model, batches(), target_depth=3)
+    execute(model, history)
+    execute(again, MergeHistory.from_json(history.to_json()))
+    assert_same(weights_of(model), weights_of(again))
+
+
+@pytest.mark.parametrize("target", [-1, 0, 6, 7])
+def test_target_outside_the_model_is_refused(target: int):
+    with pytest.raises(InputError, match=f"target_depth={target} must lie between 1 and 5, because the model has 6"):
+        collapse(tiny_llama(), batches(), target_depth=target)
+
+
+@pytest.mark.parametrize("target", [1, 5])
+def test_target_just_inside_the_model_is_taken(target: int):
+    check_target_depth(target, 6)
+    model = tiny_llama()
+    collapse(model, batches(), target_depth=target)
+    assert len(model.model.layers) == target
+
+
+def test_planners_own_check_is_asked_before_anything_runs():
+    with pytest.raises(InputError, match="layer 9 does not exist"):
+        plan(tiny_llama(), batches(), target_depth=5, planner=FixedPlan([[8, 9]]))
+
+
+def test_calibration_without_text_is_refused():
+    with pytest.raises(InputError, match="no calibration batches"):
+        plan(tiny_llama(), [], target_depth=5, planner=ContiguousBlock())
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        (MergeHistory(7, (MergeStep((1, 2), spec_of(Drop()), (0.5, 0.5)),)), "teacher_depth=7 of the plan is not .* 6"),
+        (MergeHistory(5, (MergeStep((1, 2), spec_of(Drop()), (0.5, 0.5)),)), "teacher_depth=5 of the plan is not .* 6"),
+        (
+            MergeHistory(
+                6,
+                (
+                    MergeStep((1, 2), spec_of(Drop()), (0.5, 0.5)),
+                    MergeStep((1, 2), {"class_path": "os.system"}, (0.5, 0.5)),
+                ),
+            ),
+            "'os.system' is not an operator",
+        ),
+    ],
+    ids=["deeper", "shallower", "operator"],
+)
+def test_execute_refuses_a_plan_that_does_not_fit_and_touches_nothing(history: MergeHistory, words: str):
+    model = tiny_llama()
+    weights = weights_of(model)
+    with pytest.raises(InputError, match=words):
+        execute(model, history)
+    assert_same(weights_of(model), weights)
