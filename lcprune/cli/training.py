@@ -31,6 +31,8 @@ from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine  # noqa: F401 - short names in recipes are those imported here
 from lcprune.errors import InputError
 
+KEYWORDS = ("last", "best", "hpc", "registry")
+"""What Lightning takes for a `ckpt_path` beside a path."""
 STUDENT = "student"
 """Folder of the exported student inside a run folder."""
 
@@ -62,6 +64,7 @@ class RecipeCLI(LightningCLI):
             run: As in LightningCLI.
         """
         self.export_to: Path | None = None
+        self.record: checkpoint.Record | None = None
         with _argv(arguments):
             super().__init__(
                 DistillationModule,
@@ -95,22 +98,25 @@ class RecipeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """What can go wrong at the end or at the start is looked at first."""
-        self._read_checkpoint()
+        self._check_record()
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to)
 
     def before_validate(self) -> None:
         """Looks at the checkpoint before weights are loaded."""
-        self._read_checkpoint()
+        self._check_record()
 
     before_test = before_predict = before_validate
 
-    def _read_checkpoint(self) -> None:
-        path = self._get(self.config, "ckpt_path")
-        if path is not None and Path(path).name == path and path in ("last", "best", "hpc", "registry"):
-            return  # Lightning's own keywords
-        if path is not None:
-            checkpoint.read(Path(path)).check_fits(self.model.teacher_name, self.model.fingerprint)
+    def _parse_ckpt_path(self) -> None:
+        """Reads our record. Lightning's own would let a checkpoint's hyper_parameters override recipe and flags."""
+        path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
+        # "last", "best" and so on are Lightning's own keywords.
+        self.record = None if path is None or path in KEYWORDS else checkpoint.read(Path(path))
+
+    def _check_record(self) -> None:
+        if self.record is not None:
+            self.record.check_fits(self.model.teacher_name, self.model.fingerprint)
 
     @property
     def run_folder(self) -> Path:

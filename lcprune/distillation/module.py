@@ -186,7 +186,7 @@ class DistillationModule(LightningModule):
         """
         prompt = batch["input_ids"][:, : max(1, batch["input_ids"].shape[1] // 2)]
         mask = torch.ones_like(prompt)
-        output = self.student.generate(
+        output = self.student.generate(  # type: ignore[operator]
             input_ids=prompt, attention_mask=mask, max_new_tokens=64, do_sample=False, use_cache=True
         )
         return {"prompt": prompt, "continuation": output[:, prompt.shape[1] :]}

@@ -56,7 +56,7 @@ class MergeStep:
                 f"group={list(self.group)} is not a run of two or more consecutive layers from 0 on: "
                 "write it like [12, 13, 14]."
             )
-        if len(self.shares) != len(self.group) or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+        if len(self.shares) != len(self.group) or not (min(self.shares) >= 0 and abs(sum(self.shares) - 1) < 1e-6):
             raise InputError(
                 f"shares={list(self.shares)} of group {list(self.group)} must be {len(self.group)} numbers, "
                 "none negative, that sum to 1."
@@ -162,6 +162,11 @@ class MergeHistory:
 def _parse(data: object) -> MergeHistory:
     if not isinstance(data, Mapping):
         raise InputError(f"A plan or history is a JSON object, not {type(data).__name__}.")
+    wrong = [key for key in data if key not in ("format", "teacher", "teacher_depth", "steps")]
+    if wrong:
+        raise InputError(
+            f"A plan or history has the unknown key {wrong[0]!r}; known are format, teacher, teacher_depth, steps."
+        )
     version = data.get("format")
     if version != FORMAT:
         raise InputError(f"format={version!r} of this plan or history is not {FORMAT}, the one this version reads.")
@@ -196,7 +201,9 @@ def _parse_step(index: int, data: object) -> MergeStep:
     for name, value in (("operator", operator), ("scores", scores), ("measured", measured)):
         if not isinstance(value, Mapping):
             raise InputError(f"steps[{index}].{name}={value!r} must be an object.")
-    if global_step is not None and not isinstance(global_step, int):
+        if name != "operator" and not _is_list_of(list(value.values()), int | float):
+            raise InputError(f"steps[{index}].{name}={dict(value)} must hold numbers by name.")
+    if not _is_list_of([0 if global_step is None else global_step], int):
         raise InputError(f"steps[{index}].global_step={global_step!r} must be a whole number or null.")
     return MergeStep(tuple(group), operator, tuple(shares), scores, global_step, measured)  # type: ignore[arg-type]
 

@@ -146,9 +146,8 @@ def from_spec(spec: Mapping[str, object]) -> Operator:
         known = ", ".join(sorted(sub.__name__ for sub in Operator.__subclasses__()))
         raise InputError(f"operator class_path={class_path!r} is not an operator; known are {known}.")
     known_arguments = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    if not isinstance(init_args, Mapping):
-        raise InputError(f"operator init_args={init_args!r} of {name} must be an object of arguments.")
-    unknown = [key for key in init_args if key not in known_arguments]
+    given = list(init_args) if isinstance(init_args, Mapping) else ["init_args"]
+    unknown = [key for key in given if key not in known_arguments]
     if unknown:
         allowed = ", ".join(known_arguments) or "none"
         raise InputError(f"operator {name} does not take {unknown[0]!r}; its arguments are: {allowed}.")

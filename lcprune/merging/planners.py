@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import isfinite
 
 from torch.nn.functional import cosine_similarity
 
@@ -92,14 +93,20 @@ class OneShotRanking(Planner):
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """One step per run of going layers with the layer before it (after it, when layer 0 goes)."""
         scores = self.criterion.score(calibration)
+        if len(scores) != calibration.depth:
+            raise InputError(
+                f"criterion={self.criterion} scores spans of layers, not layers: OneShotRanking takes one that gives "
+                "every layer a score, AngularDistance with span=1; for a span use ContiguousBlock."
+            )
         ranking = sorted(range(calibration.depth), key=lambda layer: (scores[layer], layer))
         going = set(ranking[: max(0, calibration.depth - target)])
         name = type(self.criterion).__name__
         steps = []
         for group in reversed(_groups(going, calibration.depth)):
-            members = [scores[layer] for layer in group]
+            staying = next((place for place, layer in enumerate(group) if layer not in going), 0)
+            shares = _proportional([scores[layer] for layer in group], staying)
             worst = {name: max(scores[layer] for layer in group if layer in going)}
-            steps.append(_step(group, operator, _proportional(members), worst))
+            steps.append(_step(group, operator, shares, worst))
         return _with_weight_cosines(calibration, steps)
 
 
@@ -216,13 +223,13 @@ def _uniform(group: Sequence[object]) -> list[float]:
     return [1 / len(group)] * len(group)
 
 
-def _proportional(scores: Sequence[float]) -> list[float]:
-    """Shares in proportion to non-negative scores; equal shares where there is nothing to go by."""
-    positive = [max(score, 0.0) for score in scores]
-    total = sum(positive)
-    if not 0 < total < float("inf"):
-        return _uniform(scores)
-    return [score / total for score in positive]
+def _proportional(scores: Sequence[float], staying: int) -> list[float]:
+    """Shares in proportion to the scores; all of it to the staying member where that would not make it the first."""
+    total = sum(scores)
+    others = max(score for place, score in enumerate(scores) if place != staying)
+    if min(scores) < 0 or not isfinite(total) or (staying > 0 and others >= scores[staying]) or total == 0:
+        return [float(place == staying) for place in range(len(scores))]
+    return [score / total for score in scores]
 
 
 def _with_weight_cosines(calibration: Calibration, steps: Sequence[MergeStep]) -> tuple[MergeStep, ...]:

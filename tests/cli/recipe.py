@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-WORDS = "layer merge teacher student stream depth norm head token loss".split()
+WORDS = ("layer", "merge", "teacher", "student", "stream", "depth", "norm", "head", "token", "loss")
 
 
 def text_file(folder: Path, words: int = 600) -> Path:

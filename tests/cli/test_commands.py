@@ -33,10 +33,11 @@ def test_fit_exports_a_student_of_the_target_depth(finished: Path):
 
 
 def test_exported_student_generates_without_lcprune(finished: Path):
+    folder = str(finished / "run" / "student")
     code = (
         "import sys; sys.modules['lcprune'] = None\n"
         "from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
-        f"m = A.from_pretrained({str(finished / 'run/student')!r}); t = T.from_pretrained({str(finished / 'run/student')!r})\n"
+        f"m, t = A.from_pretrained({folder!r}), T.from_pretrained({folder!r})\n"
         "print(m.generate(**t('layer', return_tensors='pt'), max_new_tokens=5, use_cache=True).shape[1])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd="/")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from math import pi
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ DROP_FIRST = {"class_path": "Drop", "init_args": {"keep": "first"}}
 SPANS = (1, 2, 3)
 
 
-def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+def layers_of(model: PreTrainedModel) -> Any:
     return layout_of(model.config).layers_of(model)
 
 
@@ -42,7 +43,7 @@ def plain() -> list[Batch]:
 
 def masked() -> list[Batch]:
     """Padding of another length in every row, on the right."""
-    batches = []
+    batches: list[Batch] = []
     for ids, lengths in zip(token_batches(), ((16, 9), (3, 12), (1, 16)), strict=True):
         mask = (torch.arange(16) < torch.tensor(lengths)[:, None]).long()
         batches.append({"input_ids": ids, "attention_mask": mask})

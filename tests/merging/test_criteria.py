@@ -2,10 +2,10 @@
 
 from contextlib import AbstractContextManager
 from math import exp, inf, pi
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
@@ -28,7 +28,7 @@ CRITERIA: tuple[Criterion, ...] = (BlockInfluence(), AngularDistance(), OutputSi
 DROP_FIRST = {"class_path": "Drop", "init_args": {"keep": "first"}}
 
 
-def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+def layers_of(model: PreTrainedModel) -> Any:
     return layout_of(model.config).layers_of(model)
 
 

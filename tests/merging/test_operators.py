@@ -245,8 +245,8 @@ def test_arguments_that_an_operator_does_not_take_are_refused(class_path: str, i
         from_spec({"class_path": class_path, "init_args": init_args})
 
 
-# DEFECT in operators.from_spec: __dataclass_fields__ holds ClassVars too, so this is a TypeError, and the message offers
-# `elementwise` as an argument.
+# DEFECT in operators.from_spec: __dataclass_fields__ holds ClassVars too, so this is a TypeError, and other messages
+# offer `elementwise` as an argument.
 def test_class_variable_is_not_taken_for_an_argument():
     with pytest.raises(InputError, match="Rdsc does not take 'elementwise'; its arguments are: none"):
         from_spec({"class_path": "Rdsc", "init_args": {"elementwise": False}})

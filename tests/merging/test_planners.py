@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ class Given(Criterion):
         return self.scores
 
 
-def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+def layers_of(model: PreTrainedModel) -> Any:
     return layout_of(model.config).layers_of(model)
 
 
