@@ -61,14 +61,14 @@ def closing(figures: Figures, out: Path) -> None:
     for heading in ("", "layers", "parameters", "on disk", "tokens/s", "perplexity"):
         table.add_column(heading, justify="left" if not heading else "right")
     teacher, student, final = figures.teacher, figures.student, figures.final
-    table.add_row(*_model_row("teacher", teacher, figures.speed["teacher"], final["val/teacher_perplexity"]))
+    table.add_row(*_model_row("teacher", teacher, figures.speed["teacher"], final.get("val/teacher_perplexity")))
     reached = MergeHistory(figures.history.teacher_depth)
     for step in figures.history.steps:
         reached = reached.append(step)
         if "val/perplexity" in step.measured:
             when = "before training" if step.global_step is None else f"after the merge at step {step.global_step}"
             table.add_row(when, str(reached.depth), "", "", "", f"{step.measured['val/perplexity']:.2f}")
-    table.add_row(*_model_row("student", student, figures.speed["student"], final["val/perplexity"]))
+    table.add_row(*_model_row("student", student, figures.speed["student"], final.get("val/perplexity")))
     console = Console()
     console.print(table)
     console.print(_verdict(figures))
@@ -76,7 +76,9 @@ def closing(figures: Figures, out: Path) -> None:
 
 
 def _verdict(figures: Figures) -> str:
-    final = figures.final["val/perplexity"]
+    final = figures.final.get("val/perplexity")
+    if final is None:
+        return "no validation batches, nothing measured (trainer.limit_val_batches)"
     measured = [step.measured["val/perplexity"] for step in figures.history.steps if "val/perplexity" in step.measured]
     sentence = f"agrees with the teacher on {figures.final['val/agreement']:.1%} of the validation tokens"
     if measured:
@@ -84,14 +86,14 @@ def _verdict(figures: Figures) -> str:
     return sentence
 
 
-def _model_row(name: str, model: ModelFigures, speed: float, value: float) -> tuple[str, ...]:
+def _model_row(name: str, model: ModelFigures, speed: float, value: float | None) -> tuple[str, ...]:
     return (
         name,
         str(model.layers),
         f"{model.parameters / 1e6:,.1f} M",
         f"{model.bytes / 2**20:,.0f} MiB",
         f"{speed:,.0f}",
-        f"{value:.2f}",
+        "not measured" if value is None else f"{value:.2f}",
     )
 
 

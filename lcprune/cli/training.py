@@ -139,14 +139,13 @@ class RecipeCLI(LightningCLI):
     def _deliver(self, final: dict[str, float]) -> None:
         module, out = self.model, self.export_to
         assert out is not None
-        base = {"teacher/perplexity": final["val/teacher_perplexity"]}
         export(
             module.student,
             out,
             tokenizer=demo.load_tokenizer(module.teacher_name),
             history=module.history,
             recipe=self.recipe_text,
-            figures={**base, "val/perplexity": final["val/perplexity"], "val/agreement": final["val/agreement"]},
+            figures=final,
             license=demo.license_of(module.teacher_name),
         )
         figures = self._figures(final, out)

@@ -96,10 +96,22 @@ class ProgressiveCollapse(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merges that are due before the first optimizer step."""
+        """Merges that are due at the step a run starts or resumes at; refuses those that the epochs end before.
+
+        A checkpoint may stem from between an optimizer step and its merge (an exception, a signal of the cluster).
+        """
+        if self.schedule is None:
+            return
         module = _ours(pl_module)
-        if trainer.global_step == 0 and not module.history.steps:
-            self._merge_if_due(trainer, module)
+        last, steps = self.schedule.milestones(module.history.teacher_depth)[-1][0], trainer.estimated_stepping_batches
+        if steps <= last:
+            raise InputError(
+                f"{self.schedule}: the merge at step {last} is never reached, the run ends after {steps} optimizer "
+                "steps: merge earlier, or raise trainer.max_epochs or trainer.limit_train_batches."
+            )
+        for optimizer in trainer.optimizers:
+            optim.check(optimizer)
+        self._merge_if_due(trainer, module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Remembers, for the length of the batch, how many optimizer steps were done before it."""
@@ -116,7 +128,8 @@ class ProgressiveCollapse(Callback):
         if self.schedule is None:
             return
         target = self.schedule.due(trainer.global_step, module.history.teacher_depth)
-        if target is None or target >= module.history.depth:
+        done = any(step.global_step == trainer.global_step for step in module.history.steps)
+        if target is None or target >= module.history.depth or done:
             return
         steps = self._agreed_plan(trainer, module, target)
         if not steps:
@@ -171,7 +184,9 @@ def measure(trainer: Trainer, module: DistillationModule) -> dict[str, float]:
     """Validation perplexity and agreement as they are now, over the batches the validation loop would take."""
     loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     limit = trainer.limit_val_batches
-    count = round(len(loader) * limit) if isinstance(limit, float) else limit
+    count = int(len(loader) * limit) if isinstance(limit, float) else limit
+    if count == 0:
+        return {}
     metric = HeldOut().to(module.device)
     training = module.student.training
     module.student.eval()
@@ -188,12 +203,14 @@ def _note_measurement(trainer: Trainer, module: DistillationModule) -> None:
     last = module.history.steps[-1]
     steps = (*module.history.steps[:-1], replace(last, measured=figures))
     module.history = replace(module.history, steps=steps)
+    # ModelCheckpoint runs next and judges by the last figures known: let them be this student's.
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
     after = {f"{name}_after_merge": value for name, value in figures.items()}
     for logger in trainer.loggers:
         logger.log_metrics({**after, "depth": float(module.history.depth)}, step=trainer.global_step)
     rank_zero_info(
-        f"step {trainer.global_step}: merged to {module.history.depth} layers, "
-        f"validation perplexity {figures['val/perplexity']:.2f}"
+        f"step {trainer.global_step}: merged to {module.history.depth} layers"
+        + (f", validation perplexity {figures['val/perplexity']:.2f}" if figures else "")
     )
 
 

@@ -56,7 +56,7 @@ class Record:
     def of(cls, checkpoint: Mapping[str, object]) -> "Record":
         """The record in a loaded checkpoint; raises InputError if lcprune did not write it."""
         record = checkpoint.get(KEY)
-        if not isinstance(record, Mapping):
+        if not isinstance(record, Mapping) or not {"history", "fingerprint", "dtype", "rng"} <= set(record):
             raise InputError("ckpt_path names a checkpoint that lcprune did not write: name one from a run's folder.")
         history = MergeHistory.from_dict(record["history"])
         return cls(history, dict(record["fingerprint"]), record["dtype"], tuple(record["rng"]))
@@ -105,7 +105,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     weights = checkpoint["state_dict"]
     assert isinstance(weights, Mapping)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
-    dtype = getattr(torch, record.dtype)
+    dtype = next(iter(tensors.values())).dtype  # bf16-true trains in another one than model.dtype
     # From a config alone: transformers has no folder to read, and takes weights and dtype from what it is given.
     config.dtype = dtype
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -4,8 +4,11 @@ torchmetrics keeps the sums, so that ranks are put together rightly; logits exis
 Legend: `N` scored positions, `D` hidden, `V` vocabulary.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import cross_entropy, linear
 from torchmetrics import Metric
 
@@ -26,6 +29,15 @@ class HeldOut(Metric):
         super().__init__()
         for name in ("nats", "teacher_nats", "agreeing", "tokens"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
+        """As in torchmetrics, but the sums stay float64: Lightning's bf16-true casts all, and 256 + 1 is 256."""
+        super()._apply(fn, exclude_state)
+        for name, default in self._defaults.items():
+            assert isinstance(default, Tensor)
+            self._defaults[name] = default.double()
+            setattr(self, name, getattr(self, name).double())
+        return self
 
     def update(
         self, student_ND: Tensor, student_VD: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, targets_N: Tensor
@@ -52,7 +64,9 @@ class HeldOut(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """`perplexity` and `teacher_perplexity` = exp(mean nats per token), and `agreement`, a fraction."""
-        tokens = max(1, int(self.tokens.item()))
+        tokens = int(self.tokens.item())
+        if not tokens:
+            return dict.fromkeys(("perplexity", "teacher_perplexity", "agreement"), torch.tensor(torch.nan))
         return {
             "perplexity": torch.tensor(perplexity(self.nats.item(), tokens)),
             "teacher_perplexity": torch.tensor(perplexity(self.teacher_nats.item(), tokens)),

@@ -4,6 +4,7 @@ The module owns weights and history; the trainer owns optimizer state; `Progress
 `configure_model`: building the module loads nothing.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,12 +17,12 @@ from typing_extensions import Self
 
 from lcprune import demo
 from lcprune.distillation import objectives
-from lcprune.distillation.checkpoint import KEY, Fingerprint, Record, fingerprint_of
+from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.objectives import Level, Logits
 from lcprune.distillation.optim import RewarmingCosine
 from lcprune.distillation.randomness import RngState, restore_rng_state, rng_state
-from lcprune.distillation.teacher import DtypeName, Teacher, forward, head_weight, load, own, second_view
+from lcprune.distillation.teacher import DTYPES, DtypeName, Teacher, forward, head_weight, load, own, second_view
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
@@ -58,6 +59,11 @@ class DistillationModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        if train not in ("all", "layers") or dtype not in DTYPES or teacher_dtype not in ("auto", *DTYPES):
+            raise InputError(
+                f"train={train!r} must be all or layers, dtype={dtype!r} one of {', '.join(DTYPES)}, "
+                f"teacher_dtype={teacher_dtype!r} auto or one of these."
+            )
         self.levels = tuple(objective) if objective is not None else (Logits(),)
         objectives.check(self.levels)
         self.teacher_name = teacher
@@ -100,9 +106,10 @@ class DistillationModule(LightningModule):
 
     def configure_model(self) -> None:
         """Loads the teacher and makes the student a second view of it; later calls change nothing."""
-        if self.teacher is not None:
-            return
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
+        if self.teacher is not None:
+            self.teacher.model.to(device)  # type: ignore[arg-type]
+            return
         model = load(self.teacher_name, self.weights_dtype, device)
         student = second_view(model).train()
         student.config.use_cache = False
@@ -147,8 +154,9 @@ class DistillationModule(LightningModule):
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
-        if isinstance(scheduler, RewarmingCosine):
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if isinstance(scheduler, RewarmingCosine) and steps < float("inf"):
+            scheduler.set_total_steps(int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # type: ignore[return-value]
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -231,6 +239,12 @@ class DistillationModule(LightningModule):
             surgery.replay(self.student, record.history)
         elif self.history.lineage != record.history.lineage:
             raise InputError("This module's student was merged otherwise than the checkpoint: load it into a new one.")
+        weights = checkpoint["state_dict"]
+        assert isinstance(weights, Mapping)
+        for name, parameter in self.student.named_parameters():
+            # What is not trained may be the teacher's own memory, and loading writes in place.
+            if not parameter.requires_grad and not parameter.equal(weights[PREFIX + name].to(parameter)):
+                own(parameter)
         self.history = record.history
         self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
 

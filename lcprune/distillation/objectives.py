@@ -58,6 +58,10 @@ class Boundary(Level):
 
     def __post_init__(self) -> None:
         _check_weight(self)
+        if self.distance not in ("cosine", "mse") or self.layers not in ("merged", "all"):
+            raise InputError(
+                f"Boundary: distance={self.distance!r} must be cosine or mse, layers={self.layers!r} merged or all."
+            )
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage) -> di
         mean = torch.stack(distances).mean()
         loss = loss + boundary.weight * mean
         terms["boundary"] = mean.detach()
+    if not terms:  # Boundary alone before the first merge: nothing to learn yet, but the step has to be possible
+        loss = loss + 0 * student_ND.float().sum()
     return {"loss": loss, **terms}
 
 

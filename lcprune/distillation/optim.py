@@ -11,18 +11,27 @@ from collections.abc import Collection
 
 import torch
 from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.optim import ASGD, LBFGS, NAdam, Optimizer, Rprop
 from torch.optim.lr_scheduler import LambdaLR
 
 from lcprune.errors import InputError
 from lcprune.merging.surgery import Outcome
 
 
+def check(optimizer: Optimizer) -> None:
+    """Raises InputError for an optimizer whose state cannot start afresh at zero."""
+    if isinstance(optimizer, NAdam | ASGD | Rprop | LBFGS):
+        raise InputError(
+            f"model.optimizer={type(optimizer).__name__} keeps a state that does not start at zero, so a merged layer "
+            "cannot start afresh: use AdamW, Adam, SGD, RMSprop, Adagrad, RAdam or Adafactor."
+        )
+
+
 def carry_over(optimizer: Optimizer, outcome: Outcome) -> None:
     """Adjusts an optimizer in place to a merge; Parameters are told apart by identity.
 
     Args:
-        optimizer: Any torch optimizer that keeps its state per Parameter.
+        optimizer: One that `check` accepts.
         outcome: What `surgery.apply` touched.
     """
     removed = {id(parameter) for parameter in outcome.removed}

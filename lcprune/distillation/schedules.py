@@ -123,6 +123,8 @@ class Evenly(Schedule):
             raise InputError(f"target_depth={self.target_depth} must be at least 1 and below the model's depth.")
         if self.merges < 1 or self.first < 0:
             raise InputError(f"Evenly: merges={self.merges} must be at least 1 and first={self.first} not negative.")
+        if self.merges == 1 and self.last not in (None, self.first):
+            raise InputError(f"Evenly: last={self.last} means nothing with merges=1: drop it or ask for more merges.")
         if self.merges > 1 and (self.last is None or self.last - self.first < self.merges - 1):
             raise InputError(
                 f"Evenly: merges={self.merges} need last={self.last} to lie at least {self.merges - 1} steps "
@@ -136,6 +138,6 @@ class Evenly(Schedule):
             return ((self.first, self.target_depth),)
         merges = min(self.merges, layers)
         last = self.first if self.last is None else self.last
-        distance = (last - self.first) / max(self.merges - 1, 1)
+        distance = (last - self.first) / max(merges - 1, 1)
         gone = [-(-layers * (index + 1) // merges) for index in range(merges)]
         return tuple((self.first + round(distance * index), depth - gone[index]) for index in range(merges))

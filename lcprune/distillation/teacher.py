@@ -8,7 +8,7 @@ parameter is not trained nor merged there is one copy of it in memory; surgery g
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lcprune.merging.calibration import Batch, hidden_states, layer_outputs
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 """Names of the floating-point types that weights can be held in."""
+DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
 
 
 @dataclass(frozen=True)

@@ -207,26 +207,24 @@ def test_file_that_holds_no_plan_is_named(content: bytes | None, tmp_path: Path)
         MergeHistory.load(path)
 
 
-# DEFECT in lineage.MergeStep.__post_init__: `abs(nan - 1) > 1e-6` is false; JSON as Python reads it can hold NaN.
+# JSON as Python reads it can hold NaN, which no comparison finds wrong.
 def test_shares_that_are_not_numbers_are_refused():
     with pytest.raises(InputError, match="shares="):
         MergeStep((1, 2), DROP, (float("nan"), float("nan")))
 
 
-# DEFECT in lineage._parse: a misspelt `steps` reads as a plan without merges.
+# Or a misspelt `steps` would read as a plan without merges.
 def test_unknown_key_of_a_plan_is_refused():
     with pytest.raises(InputError, match="unknown key 'stesp'"):
         MergeHistory.from_dict({"format": FORMAT, "teacher_depth": 6, "stesp": []})
 
 
-# DEFECT in lineage._parse_step: the values of scores and measured are not looked at.
 @pytest.mark.parametrize("name", ["scores", "measured"])
 def test_figures_that_are_not_numbers_are_refused(name: str):
     with pytest.raises(InputError, match=rf"steps\[0\].{name}"):
         MergeHistory.from_dict(plan_with(**{name: {"seen": "low"}}))
 
 
-# DEFECT in lineage._parse_step: True is an int.
 def test_truth_value_is_no_global_step():
     with pytest.raises(InputError, match=r"steps\[0\].global_step=True"):
         MergeHistory.from_dict(plan_with(global_step=True))

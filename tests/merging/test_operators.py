@@ -245,14 +245,12 @@ def test_arguments_that_an_operator_does_not_take_are_refused(class_path: str, i
         from_spec({"class_path": class_path, "init_args": init_args})
 
 
-# DEFECT in operators.from_spec: __dataclass_fields__ holds ClassVars too, so this is a TypeError, and other messages
-# offer `elementwise` as an argument.
 def test_class_variable_is_not_taken_for_an_argument():
     with pytest.raises(InputError, match="Rdsc does not take 'elementwise'; its arguments are: none"):
         from_spec({"class_path": "Rdsc", "init_args": {"elementwise": False}})
 
 
-# DEFECT in operators.from_spec: it imports any module below lcprune; to import lcprune.__main__ is to run it.
+# To import lcprune.__main__ is to run it.
 def test_plan_cannot_run_the_command_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["lcprune"])
     with pytest.raises(InputError, match="is not an operator"):

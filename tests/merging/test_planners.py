@@ -89,8 +89,7 @@ def test_one_shot_ranking_with_drop_keeps_the_survivors_and_nothing_else(
         assert_same(layer, original[survivor])
 
 
-# DEFECT in planners.OneShotRanking.plan: shares in proportion to the scores do not single out the survivor when layer
-# 0 goes and the survivor behind it ties with it, or when a score is infinite or negative; see the report.
+# Shares in proportion to such scores would not single out the survivor, which is not the first of its group here.
 @pytest.mark.parametrize(
     "scores",
     [(5, 5, 6, 6, 6, 6), (5, INF, INF, INF, INF, INF), (-5, -4, -3, -3, -3, -3)],
@@ -132,7 +131,6 @@ def test_one_shot_ranking_shares_are_in_proportion_to_the_scores():
     assert steps[0].shares == pytest.approx((0.6, 0.1, 0.3))
 
 
-# DEFECT in planners.OneShotRanking.plan: IndexError, because such a criterion has fewer scores than there are layers.
 def test_one_shot_ranking_refuses_a_criterion_that_does_not_score_single_layers():
     calibration = Calibration(tiny_llama(), plain())
     with pytest.raises(InputError, match="span"):
@@ -232,8 +230,7 @@ SEARCHES = [
 ]
 
 
-# DEFECT in planners.ThresholdPlanner.plan: for a model not merged before, `calibration.reference` is first computed
-# inside the first trial, so the first candidate is compared with itself, accepted, and the reference for all others.
+# Without `original`, the reference must be taken before the first trial: inside it the candidate would be its own.
 @pytest.mark.parametrize(("planner", "target", "operator"), SEARCHES)
 def test_threshold_planner_follows_algorithm_1(planner: ThresholdPlanner, target: int, operator: Operator):
     model = tiny_llama(n_layers=8)

@@ -94,7 +94,7 @@ def test_cached_generation_is_that_of_the_full_forward_pass(family: Family):
     prompt = token_batches(1)[0]
     greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(prompt)
-    cached = model.generate(
+    cached = model.generate(  # type: ignore[operator]
         prompt, attention_mask=mask, use_cache=True, output_logits=True, return_dict_in_generate=True, **greedy
     )
     with torch.no_grad():
