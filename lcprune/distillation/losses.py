@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-CHUNK = 256
+CHUNK = 512
 """Tokens whose logits exist at once."""
 
 
@@ -95,7 +95,7 @@ class _ChunkedHead(torch.autograd.Function):
     def forward(ctx, student_ND, student_VD, teacher_ND, teacher_VD, targets_N, settings):  # type: ignore[no-untyped-def]
         needs_states, needs_head = ctx.needs_input_grad[:2]
         grad_states = torch.zeros_like(student_ND) if needs_states else None
-        grad_head = torch.zeros_like(student_VD, dtype=torch.float32) if needs_head else None
+        grad_head = None
         kl = torch.zeros((), dtype=torch.float32, device=student_ND.device)
         ce = torch.zeros_like(kl)
         head_s = student_VD.to(settings.compute)
@@ -105,17 +105,21 @@ class _ChunkedHead(torch.autograd.Function):
             part = slice(begin, begin + settings.chunk)
             states_CD = student_ND[part].to(settings.compute)
             logits_CV = scratch.matmul(0, states_CD, head_s)
-            grad_CV = scratch.empty(1, len(states_CD)).zero_()
-            if settings.labels_weight:
-                ce += _cross_entropy(logits_CV, targets_N[part], settings, grad_CV, scratch)
             if settings.logits_weight:
-                teacher_CV = scratch.matmul(2, teacher_ND[part].to(settings.compute), head_t)
-                kl += _forward_kl(logits_CV, teacher_CV, settings, grad_CV, scratch)
+                teacher_CV = scratch.matmul(1, teacher_ND[part].to(settings.compute), head_t)
+                chunk_kl, chunk_ce, grad_CV = _both(logits_CV, teacher_CV, targets_N[part], settings, scratch)
+                kl += chunk_kl
+            else:
+                chunk_ce, grad_CV = _cross_entropy(logits_CV, targets_N[part], settings.labels_weight, scratch)
+            ce += chunk_ce
             grad_CV = grad_CV.div_(settings.divisor).to(settings.compute)
             if grad_states is not None:
                 grad_states[part] = grad_CV @ head_s
-            if grad_head is not None:
-                grad_head += grad_CV.t() @ states_CD
+            if needs_head:
+                product = (grad_CV.t() @ states_CD).to(torch.float32)
+                grad_head = product if grad_head is None else grad_head.add_(product)
+        if needs_head and grad_head is None:
+            grad_head = torch.zeros_like(student_VD, dtype=torch.float32)
         ctx.save_for_backward(grad_states, grad_head)
         ctx.head_dtype = student_VD.dtype
         kl, ce = kl / settings.divisor, ce / settings.divisor
@@ -125,8 +129,9 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
         grad_states, grad_head = ctx.saved_tensors
-        states = None if grad_states is None else grad_states * grad_total.to(grad_states.dtype)
-        head = None if grad_head is None else (grad_head * grad_total).to(ctx.head_dtype)
+        # In place: nobody else holds them, and another [V, D] would cost more than the multiplication.
+        states = None if grad_states is None else grad_states.mul_(grad_total.to(grad_states.dtype))
+        head = None if grad_head is None else grad_head.mul_(grad_total).to(ctx.head_dtype)
         return states, head, None, None, None, None
 
 
@@ -155,50 +160,56 @@ class _Scratch:
         return self.empty(index, rows).copy_(self._product[:rows])
 
 
-def _log_softmax_(logits_CV: Tensor, probabilities_CV: Tensor) -> None:
-    """Turns logits into log-probabilities in place and writes the probabilities beside them."""
-    logits_CV -= logits_CV.amax(-1, keepdim=True)
-    torch.exp(logits_CV, out=probabilities_CV)
-    normaliser = probabilities_CV.sum(-1, keepdim=True)
-    probabilities_CV /= normaliser
-    logits_CV -= normaliser.log_()
+def _both(
+    logits_CV: Tensor, teacher_CV: Tensor, targets_C: Tensor, settings: _Settings, scratch: _Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of temperature**2 * KL(teacher || student) and of cross-entropies, and the gradient of the weighted sum.
+
+    d/dz of temperature**2 * KL is temperature * (p_student - p_teacher). Buffers 0 and 1, the logits, are used up.
+    """
+    temperature, weight = settings.temperature, settings.logits_weight * settings.temperature
+    ce = torch.zeros((), device=logits_CV.device)
+    if settings.labels_weight and temperature != 1:
+        # Another softmax, at temperature 1; the buffers are free again when its gradient has been copied.
+        ce, hard_CV = _cross_entropy(logits_CV, targets_C, settings.labels_weight, scratch)
+        hard_CV = hard_CV.clone()
+    if temperature != 1:
+        logits_CV /= temperature
+        teacher_CV /= temperature
+    log_s = torch.log_softmax(logits_CV, -1, out=scratch.empty(2, len(logits_CV)))
+    log_t = torch.log_softmax(teacher_CV, -1, out=scratch.empty(3, len(logits_CV)))
+    grad_CV = torch.exp(log_s, out=logits_CV)
+    p_t = torch.exp(log_t, out=teacher_CV)
+    if settings.labels_weight and temperature == 1:
+        grad_CV *= weight + settings.labels_weight
+        ce = _at_targets(log_s, grad_CV, targets_C, settings.labels_weight)
+    elif weight != 1:
+        grad_CV *= weight
+    grad_CV.sub_(p_t, alpha=weight)
+    if settings.labels_weight and temperature != 1:
+        grad_CV += hard_CV
+    # Rounded up to 0 token by token: at equality rounding alone can make a tiny KL negative.
+    kl = _dot(p_t, log_t.sub_(log_s)).clamp_(min=0).sum() * temperature**2
+    return kl, ce, grad_CV
+
+
+def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, weight: float, scratch: _Scratch) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies and weight * (softmax - onehot), in buffers 2 and 3; the logits stay."""
+    log_p = torch.log_softmax(logits_CV, -1, out=scratch.empty(2, len(logits_CV)))
+    grad_CV = torch.exp(log_p, out=scratch.empty(3, len(logits_CV))).mul_(weight)
+    return _at_targets(log_p, grad_CV, targets_C, weight), grad_CV
+
+
+def _at_targets(log_p_CV: Tensor, grad_CV: Tensor, targets_C: Tensor, weight: float) -> Tensor:
+    """Sum of -log p(target); takes `weight` off the gradient at the targets."""
+    at = targets_C[:, None]
+    grad_CV.scatter_add_(1, at, torch.full_like(at, -weight, dtype=grad_CV.dtype))
+    return -log_p_CV.gather(1, at).sum()
 
 
 def _dot(left_CV: Tensor, right_CV: Tensor) -> Tensor:
     """Sum over V of the products, per row, without a temporary."""
     return torch.bmm(left_CV[:, None], right_CV[:, :, None]).flatten()
-
-
-def _cross_entropy(
-    logits_CV: Tensor, targets_C: Tensor, settings: _Settings, grad_CV: Tensor, scratch: _Scratch
-) -> Tensor:
-    """Sum of cross-entropies; adds weight * (softmax - onehot) to the gradient; leaves the logits as they are."""
-    log_p, p = scratch.empty(2, len(logits_CV)).copy_(logits_CV), scratch.empty(3, len(logits_CV))
-    _log_softmax_(log_p, p)
-    at_target = targets_C[:, None]
-    grad_CV.add_(p, alpha=settings.labels_weight)
-    grad_CV.scatter_add_(1, at_target, torch.full_like(at_target, -settings.labels_weight, dtype=grad_CV.dtype))
-    return -log_p.gather(1, at_target).sum()
-
-
-def _forward_kl(
-    logits_CV: Tensor, teacher_CV: Tensor, settings: _Settings, grad_CV: Tensor, scratch: _Scratch
-) -> Tensor:
-    """Sum of temperature**2 * KL(teacher || student); adds its gradient; both logits are used up.
-
-    d/dz of temperature**2 * KL is temperature * (p_student - p_teacher).
-    """
-    temperature, weight = settings.temperature, settings.logits_weight * settings.temperature
-    if temperature != 1:
-        logits_CV /= temperature
-        teacher_CV /= temperature
-    probabilities = scratch.empty(3, len(logits_CV))
-    _log_softmax_(logits_CV, probabilities)
-    grad_CV.add_(probabilities, alpha=weight)
-    _log_softmax_(teacher_CV, probabilities)
-    grad_CV.sub_(probabilities, alpha=weight)
-    # Rounded up to 0 token by token: at equality rounding alone can make a tiny KL negative.
-    return _dot(probabilities, teacher_CV.sub_(logits_CV)).clamp_(min=0).sum() * temperature**2
 
 
 def boundary_loss(
