@@ -200,6 +200,11 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def public_name(model: str) -> str:
+    """What others call a model: the demo model's name on the hub, any other as it is."""
+    return DEMO_NAME if model == DEMO else model
+
+
 def license_of(model: str) -> str | None:
     """The licence a model's card names, as the hub spells it; None when there is no card at hand."""
     from huggingface_hub import ModelCard, try_to_load_from_cache

@@ -6,7 +6,6 @@ by the user. A defect of ours keeps its traceback.
 """
 
 import errno
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -106,9 +105,3 @@ def _run(command: str, arguments: list[str]) -> int:
 def _say(message: object, status: int) -> int:
     print(f"lcprune: {message}", file=sys.stderr)
     return status
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the outcome of a run."""
-    names = ("lcprune", "torch", "lightning", "transformers")
-    return {name: importlib.metadata.version(name) for name in names}

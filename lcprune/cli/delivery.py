@@ -1,6 +1,7 @@
 """`export`: a checkpoint becomes a Hugging Face folder."""
 
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 
 from lcprune import demo
@@ -24,7 +25,7 @@ def run(command: str, arguments: list[str]) -> None:
         student,
         own.out,
         tokenizer=demo.load_tokenizer(record.history.teacher),
-        history=record.history,
+        history=replace(record.history, teacher=demo.public_name(record.history.teacher)),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         license=demo.license_of(record.history.teacher),
     )

@@ -1,6 +1,7 @@
 """`collapse` and `score`: the recipe's planner and operator at once, without training."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from lcprune import demo
@@ -57,7 +58,7 @@ def _collapse(arguments: list[str]) -> None:
         )
     else:
         history = given
-    history = MergeHistory(history.teacher_depth, history.steps, teacher=cli.model.teacher_name)
+    history = replace(history, teacher=demo.public_name(cli.model.teacher_name))
     tables.plan(history)
     if own.plan_only:
         path = own.out or Path("plan.json")

@@ -9,6 +9,7 @@ import sys
 from argparse import _SubParsersAction
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -101,6 +102,16 @@ class RecipeCLI(LightningCLI):
         self._check_record()
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to)
+        if self.record is not None:
+            self._keep_metrics()
+
+    @rank_zero_only
+    def _keep_metrics(self) -> None:
+        """CSVLogger deletes the metrics it finds; those from before a resume are moved to metrics.1.csv and so on."""
+        metrics = self.run_folder / "metrics.csv"
+        if metrics.is_file():
+            number = 1 + len(list(self.run_folder.glob("metrics.*.csv")))
+            metrics.rename(metrics.with_name(f"metrics.{number}.csv"))
 
     def before_validate(self) -> None:
         """Looks at the checkpoint before weights are loaded."""
@@ -127,6 +138,8 @@ class RecipeCLI(LightningCLI):
         """Exports the student and prints what became of it."""
         if self.trainer.interrupted:
             raise KeyboardInterrupt
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         # The trainer has torn down: bring the models back to where they were trained.
         device = self.trainer.strategy.root_device
         self.model.to(device)
@@ -143,13 +156,14 @@ class RecipeCLI(LightningCLI):
             module.student,
             out,
             tokenizer=demo.load_tokenizer(module.teacher_name),
-            history=module.history,
+            history=replace(module.history, teacher=demo.public_name(module.teacher_name)),
             recipe=self.recipe_text,
             figures=final,
             license=demo.license_of(module.teacher_name),
         )
         figures = self._figures(final, out)
-        (out.parent / "figures.json").write_text(json.dumps(figures.to_dict(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(figures.to_dict(), indent=2) + "\n"
+        (self.run_folder / "figures.json").write_text(text, encoding="utf-8")
         tables.closing(figures, out)
 
     def _figures(self, final: dict[str, float], out: Path) -> Figures:

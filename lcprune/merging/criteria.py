@@ -6,8 +6,9 @@
                                                                                     LaCo, arXiv:2402.11187, section 2.3
     TrialPerplexity    exp of the mean next-token loss without the layer            SLEB, arXiv:2402.09025
 
-The first two read one pass of statistics; the last two try every layer out. Averages run over all calibration
-tokens. Cosines alone are poor judges: look at a loss beside them.
+The first two read one pass of statistics; the last two try every layer out, on batches without padding (a masked
+position would count). Averages run over all calibration tokens. Cosines alone are poor judges: look at a loss beside
+them.
 """
 
 from collections.abc import Iterable
