@@ -66,7 +66,7 @@ def closing(figures: Figures, out: Path) -> None:
     for step in figures.history.steps:
         reached = reached.append(step)
         if "val/perplexity" in step.measured:
-            when = "before training" if step.global_step is None else f"after the merge at step {step.global_step}"
+            when = f"merge, step {step.global_step}"
             table.add_row(when, str(reached.depth), "", "", "", f"{step.measured['val/perplexity']:.2f}")
     table.add_row(*_model_row("student", student, figures.speed["student"], final.get("val/perplexity")))
     console = Console()
