@@ -206,13 +206,16 @@ def public_name(model: str) -> str:
 
 
 def license_of(model: str) -> str | None:
-    """The licence a model's card names, as the hub spells it; None when there is no card at hand."""
-    from huggingface_hub import ModelCard, try_to_load_from_cache
+    """The licence a model's card names, as the hub spells it; None when there is no card that can be read."""
+    import yaml
+    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     if model == DEMO:
         return "apache-2.0"
     folder = Path(resolve(model))
-    found = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(model, "README.md")
-    if not isinstance(found, str | Path) or not Path(found).is_file():
+    try:
+        card = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(model, "README.md"))
+        return ModelCard(card.read_text(encoding="utf-8")).data.get("license")
+    except (OSError, HfHubHTTPError, ValueError, yaml.YAMLError):
         return None
-    return ModelCard(Path(found).read_text(encoding="utf-8")).data.get("license")

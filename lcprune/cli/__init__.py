@@ -19,7 +19,7 @@ usage: lcprune COMMAND [--config RECIPE.yaml ...] [--help]
 with training (Lightning's own commands):
   fit        merge layers while the student trains, then export it
   validate   perplexity and agreement with the teacher on the validation text
-  test       the same on the test text
+  test       the same on a data module's test text (ours: the held-out text), logged as test/...
   predict    let the student continue held-out text; writes predictions.jsonl
 
 without training:
@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say("stopped", 130)
     except RunError as error:
         return _say(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = str(error).partition("\n")[0]
+        return _say(f"not enough memory ({reason}): lower data.batch_size or data.block_size.", 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from lcprune import demo
 from lcprune.cli import tables
+from lcprune.cli.files import write_text
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import Parser, RecipeCLI, collapse_of
 from lcprune.delivery.export import check_target, export
-from lcprune.distillation.teacher import load
+from lcprune.distillation.callbacks import ProgressiveCollapse
+from lcprune.distillation.teacher import cast, load, stored_dtype
 from lcprune.errors import InputError
 from lcprune.merging import collapse
 from lcprune.merging.calibration import Calibration
@@ -35,6 +37,8 @@ def _collapse(arguments: list[str]) -> None:
     given = MergeHistory.load(own.plan) if own.plan is not None else None
     if own.plan_only and given is not None:
         raise InputError("--plan-only makes a plan and --plan executes one: give one of them.")
+    if given is not None and own.target_depth is not None:
+        raise InputError("--plan says what merges already, --target-depth means nothing beside it: give one of them.")
     if own.out is None and not own.plan_only:
         raise InputError("--out is missing: name the folder for the shortened model, or ask for --plan-only.")
     if not own.plan_only:
@@ -42,30 +46,31 @@ def _collapse(arguments: list[str]) -> None:
     cli = RecipeCLI(recipe_arguments, run=False)
     callback = collapse_of(cli)
     depth = cli.model.history.teacher_depth
-    target = own.target_depth
-    if target is None and given is None:
-        if callback.schedule is None:
-            raise InputError("--target-depth is missing, and the recipe has no collapse.schedule: give one of them.")
-        target = callback.schedule.target(depth)
-    if target is not None:
+    name = demo.public_name(cli.model.teacher_name)
+    if given is not None and given.teacher not in ("", name):
+        raise InputError(f"--plan {own.plan} was made for {given.teacher!r}, model.teacher is {name!r}: name that one.")
+    target = _target(own.target_depth, callback, depth) if given is None else given.depth
+    if given is None:
         collapse.check_target_depth(target, depth)
         callback.planner.check(depth, target)
-    model = load(cli.model.teacher_name, cli.model.weights_dtype)
+    model = load(cli.model.teacher_name, cli.model.weights_dtype, cli.trainer.strategy.root_device)
     if given is None:
-        batches = cli.datamodule.calibration_batches()
-        history = collapse.plan(
-            model, batches, target_depth=target, planner=callback.planner, operator=callback.operator
+        given = collapse.plan(
+            model,
+            cli.datamodule.calibration_batches(),
+            target_depth=target,
+            planner=callback.planner,
+            operator=callback.operator,
         )
-    else:
-        history = given
-    history = replace(history, teacher=demo.public_name(cli.model.teacher_name))
+    history = replace(given, teacher=name)
     tables.plan(history)
     if own.plan_only:
         path = own.out or Path("plan.json")
-        _write(path, history.to_json())
+        write_text(path, history.to_json())
         print(f"{path}: edit it and run `lcprune collapse ... --plan {path} --out FOLDER`")
         return
     collapse.execute(model, history)
+    cast(model, stored_dtype(cli.model.teacher_config))
     tokenizer = demo.load_tokenizer(cli.model.teacher_name)
     export(
         model,
@@ -78,6 +83,14 @@ def _collapse(arguments: list[str]) -> None:
     print(f"student: {own.out}")
 
 
+def _target(asked: int | None, callback: ProgressiveCollapse, depth: int) -> int:
+    if asked is not None:
+        return asked
+    if callback.schedule is None:
+        raise InputError("--target-depth is missing, and the recipe has no collapse.schedule: give one of them.")
+    return callback.schedule.target(depth)
+
+
 def _score(arguments: list[str]) -> None:
     own, recipe_arguments = _split(
         "lcprune score --config RECIPE.yaml",
@@ -87,12 +100,13 @@ def _score(arguments: list[str]) -> None:
     cli = RecipeCLI(recipe_arguments, run=False)
     cli.model.history  # noqa: B018 - refuses an unknown model or family before its weights are loaded
     batches = cli.datamodule.calibration_batches()
-    calibration = Calibration(load(cli.model.teacher_name, cli.model.weights_dtype), batches)
+    model = load(cli.model.teacher_name, cli.model.weights_dtype, cli.trainer.strategy.root_device)
+    calibration = Calibration(model, batches)
     criteria: tuple[Criterion, ...] = (BlockInfluence(), AngularDistance(), OutputSimilarity(), TrialPerplexity())
     columns = {type(criterion).__name__: criterion.score(calibration) for criterion in criteria}
     tables.scores(columns)
     if own.out is not None:
-        _write(own.out, json.dumps(columns, indent=2) + "\n")
+        write_text(own.out, json.dumps(columns, indent=2) + "\n")
         print(f"scores: {own.out}")
 
 
@@ -101,7 +115,7 @@ def _split(usage: str, arguments: list[str], *options: tuple[str, type, str]):  
     import argparse
 
     class Own(argparse.ArgumentParser):
-        error = Parser.error
+        error, _settings = Parser.error, Parser._settings
 
     parser = Own(usage=f"{usage} [--model.KEY VALUE] [--data.KEY VALUE] ...", allow_abbrev=False, add_help=False)
     parser.add_argument("-h", "--help", action="help", help="Show this; the recipe's own keys: lcprune fit --help.")
@@ -111,11 +125,3 @@ def _split(usage: str, arguments: list[str], *options: tuple[str, type, str]):  
         else:
             parser.add_argument(name, type=kind, help=text)
     return parser.parse_known_args(arguments)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes beside, then renames: never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcprune import demo
 from lcprune.cli import tables
+from lcprune.cli.files import write_text
 from lcprune.cli.messages import cause_of, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.data.module import TextDataModule
@@ -30,6 +31,7 @@ from lcprune.distillation import checkpoint
 from lcprune.distillation.callbacks import ProgressiveCollapse, measure
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine  # noqa: F401 - short names in recipes are those imported here
+from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
 
 KEYWORDS = ("last", "best", "hpc", "registry")
@@ -87,7 +89,8 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """Adds the Rich progress bar unless the recipe has another or wants none."""
         settings = self._get(self.config_init, "trainer", default={})
-        callbacks: list[Callback] = settings.get("callbacks") or []
+        given = settings.get("callbacks") or []
+        callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
         wanted = settings.get("enable_progress_bar") is not False
         if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             settings["callbacks"] = [*callbacks, RichProgressBar(leave=False)]
@@ -102,7 +105,7 @@ class RecipeCLI(LightningCLI):
         self._check_record()
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to)
-        if self.record is not None:
+        if self._get(self.config, "ckpt_path") is not None:
             self._keep_metrics()
 
     @rank_zero_only
@@ -115,12 +118,17 @@ class RecipeCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Looks at the checkpoint before weights are loaded."""
+        if self._get(self.config, "out") is not None:
+            raise InputError(f"--out is where fit exports the student, {self.subcommand} exports none: drop it.")
         self._check_record()
 
     before_test = before_predict = before_validate
 
     def _parse_ckpt_path(self) -> None:
-        """Reads our record. Lightning's own would let a checkpoint's hyper_parameters override recipe and flags."""
+        """Nothing: Lightning's would let a checkpoint's hyper_parameters override recipe and flags without a word."""
+
+    def before_instantiate_classes(self) -> None:
+        """Reads our record of the checkpoint, so that a bad one is known before anything is made."""
         path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
         # "last", "best" and so on are Lightning's own keywords.
         self.record = None if path is None or path in KEYWORDS else checkpoint.read(Path(path))
@@ -136,20 +144,20 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Exports the student and prints what became of it."""
-        if self.trainer.interrupted:
-            raise KeyboardInterrupt
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # The trainer has torn down: bring the models back to where they were trained.
         device = self.trainer.strategy.root_device
         self.model.to(device)
         self.model.teacher.model.to(device)
+        cast(self.model.student, stored_dtype(self.model.teacher_config))
         final = measure(self.trainer, self.model)
+        folder = self.run_folder  # asks all ranks
         if self.trainer.is_global_zero:
-            self._deliver(final)
+            self._deliver(final, folder)
         self.trainer.strategy.barrier()
 
-    def _deliver(self, final: dict[str, float]) -> None:
+    def _deliver(self, final: dict[str, float], folder: Path) -> None:
         module, out = self.model, self.export_to
         assert out is not None
         export(
@@ -162,8 +170,7 @@ class RecipeCLI(LightningCLI):
             license=demo.license_of(module.teacher_name),
         )
         figures = self._figures(final, out)
-        text = json.dumps(figures.to_dict(), indent=2) + "\n"
-        (self.run_folder / "figures.json").write_text(text, encoding="utf-8")
+        write_text(folder / "figures.json", json.dumps(figures.to_dict(), indent=2) + "\n")
         tables.closing(figures, out)
 
     def _figures(self, final: dict[str, float], out: Path) -> Figures:
@@ -187,23 +194,29 @@ class RecipeCLI(LightningCLI):
         """Runs Lightning's predict and writes one JSON line per block."""
         batches = self.trainer.predict(**kwargs)  # type: ignore[arg-type]
         tokenizer = demo.load_tokenizer(self.model.teacher_name)
-        self.run_folder.mkdir(parents=True, exist_ok=True)
-        path = (
-            self.run_folder / f"predictions{f'-{self.trainer.global_rank}' if self.trainer.global_rank else ''}.jsonl"
-        )
-        with path.open("w", encoding="utf-8") as file:
-            for batch in batches or ():
-                for prompt, continuation in zip(batch["prompt"], batch["continuation"], strict=True):  # type: ignore[index, call-overload]
-                    row = {"prompt": tokenizer.decode(prompt), "continuation": tokenizer.decode(continuation)}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rank = self.trainer.global_rank
+        path = self.run_folder / f"predictions{f'-{rank}' if rank else ''}.jsonl"
+        rows = [
+            {"prompt": tokenizer.decode(prompt), "continuation": tokenizer.decode(continuation)}
+            for batch in batches or ()
+            for prompt, continuation in zip(batch["prompt"], batch["continuation"], strict=True)  # type: ignore[index, call-overload]
+        ]
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         rank_zero_only(print)(f"predictions: {path}")
 
 
 def run(command: str, arguments: list[str]) -> None:
     """One of Lightning's commands."""
+    if not arguments:
+        raise InputError(f"{command} needs a recipe: lcprune {command} --config recipes/quickstart.yaml.")
     quieten()
     try:
         RecipeCLI([command, *arguments])
+    except SystemExit as stop:
+        # Lightning answers Ctrl-C by leaving in its own way.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     except MisconfigurationException as error:
         raise InputError(" ".join(str(error).split())) from error
     except ValueError as error:

@@ -17,15 +17,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    ModelCheckpoint,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lcprune.distillation import optim
@@ -38,6 +32,15 @@ from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator
 from lcprune.merging.planners import OneShotRanking, Planner
+
+REFUSED = {
+    "BatchSizeFinder",
+    "LearningRateFinder",
+    "ModelPruning",
+    "StochasticWeightAveraging",
+    "WeightAveraging",
+}
+"""Lightning's callbacks that keep or restore weights of the old depth; by name, some came after lightning 2.5."""
 
 
 @runtime_checkable
@@ -84,7 +87,7 @@ class ProgressiveCollapse(Callback):
                 "use a single device or ddp, or shorten the model first with `lcprune collapse`."
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging | StochasticWeightAveraging | ModelPruning):
+            if not REFUSED.isdisjoint(base.__name__ for base in type(callback).__mro__):
                 raise InputError(
                     f"trainer.callbacks: {type(callback).__name__} holds on to weights that a merge takes away: "
                     "remove it, or train it after the last merge in a run of its own."
@@ -111,6 +114,16 @@ class ProgressiveCollapse(Callback):
             )
         for optimizer in trainer.optimizers:
             optim.check(optimizer)
+        missed = [
+            f"{depth} layers at step {step}"
+            for step, depth in self.schedule.milestones(module.history.teacher_depth)
+            if step < trainer.global_step and depth < module.history.depth
+        ]
+        if missed:
+            rank_zero_warn(
+                f"collapse.schedule: {', '.join(missed)} lie before step {trainer.global_step}, where this run "
+                "resumes, and are not made up for"
+            )
         self._merge_if_due(trainer, module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -252,7 +265,7 @@ def _forget_best(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint):
             callback.best_model_score, callback.best_model_path = None, ""
-            callback.kth_best_model_path, callback.kth_value = "", callback.kth_value
+            callback.kth_best_model_path = ""
             callback.best_k_models = {}
         elif isinstance(callback, EarlyStopping):
             callback.wait_count = 0

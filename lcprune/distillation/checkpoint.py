@@ -7,11 +7,12 @@ Plain data only, because checkpoints are read with `weights_only=True`. The teac
 
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lcprune import demo
 from lcprune.distillation.randomness import RngState
@@ -22,7 +23,16 @@ from lcprune.merging.lineage import MergeHistory
 
 KEY = "lcprune"
 """Where in a checkpoint the record is."""
-FINGERPRINT = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+FINGERPRINT = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
 """Config fields by which a checkpoint's teacher is recognised."""
 PREFIX = "student."
 """What the student's tensors are called in a checkpoint's state dict, before their own names."""
@@ -97,11 +107,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     record = Record.of(checkpoint)
     config = demo.read_config(record.history.teacher)
     record.check_fits(record.history.teacher, fingerprint_of(config))
-    layout = layout_of(config)
-    kept = list(range(record.history.teacher_depth))
-    for step in record.history.steps:
-        del kept[step.group[1] : step.group[-1] + 1]
-    layout.keep_layers(config, kept)
+    layout_of(config).keep_layers(config, [ancestors[0] for ancestors in record.history.lineage])
     weights = checkpoint["state_dict"]
     assert isinstance(weights, Mapping)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
@@ -111,6 +117,8 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
+    with suppress(OSError):  # a model may have none
+        model.generation_config = GenerationConfig.from_pretrained(demo.resolve(record.history.teacher))
     return model.eval(), record
 
 

@@ -39,7 +39,6 @@ def head_loss(
     teacher_VD: Tensor,
     *,
     targets_N: Tensor,
-    count: Tensor | float | None = None,
     logits_weight: float = 1.0,
     labels_weight: float = 0.0,
     temperature: float = 1.0,
@@ -53,7 +52,6 @@ def head_loss(
         teacher_ND: Teacher states at the same positions; gets no gradient.
         teacher_VD: Teacher head weight; gets no gradient.
         targets_N: Next token at every position.
-        count: By how many tokens to divide (default N); for batches that are parts of a whole.
         logits_weight: Weight of the KL term, which is multiplied by temperature**2 (Hinton, arXiv:1503.02531).
         labels_weight: Weight of the cross-entropy (at temperature 1).
         temperature: Softens both distributions of the KL term.
@@ -64,7 +62,7 @@ def head_loss(
     device = student_ND.device.type
     autocast = torch.is_autocast_enabled(device)
     settings = _Settings(
-        divisor=float(max(len(targets_N), 1) if count is None else count),
+        divisor=float(max(len(targets_N), 1)),
         logits_weight=logits_weight,
         labels_weight=labels_weight,
         temperature=temperature,
@@ -112,14 +110,17 @@ class _ChunkedHead(torch.autograd.Function):
             else:
                 chunk_ce, grad_CV = _cross_entropy(logits_CV, targets_N[part], settings.labels_weight, scratch)
             ce += chunk_ce
-            grad_CV = grad_CV.div_(settings.divisor).to(settings.compute)
+            # Divided by the number of tokens only after the products: before, float16 would lose the small entries.
+            grad_CV = grad_CV.to(settings.compute)
             if grad_states is not None:
-                grad_states[part] = grad_CV @ head_s
+                grad_states[part] = (grad_CV @ head_s).div_(settings.divisor)
             if needs_head:
                 product = (grad_CV.t() @ states_CD).to(torch.float32)
                 grad_head = product if grad_head is None else grad_head.add_(product)
         if needs_head and grad_head is None:
             grad_head = torch.zeros_like(student_VD, dtype=torch.float32)
+        if grad_head is not None:
+            grad_head /= settings.divisor
         ctx.save_for_backward(grad_states, grad_head)
         ctx.head_dtype = student_VD.dtype
         kl, ce = kl / settings.divisor, ce / settings.divisor
@@ -212,9 +213,7 @@ def _dot(left_CV: Tensor, right_CV: Tensor) -> Tensor:
     return torch.bmm(left_CV[:, None], right_CV[:, :, None]).flatten()
 
 
-def boundary_loss(
-    student_ND: Tensor, teacher_ND: Tensor, *, kind: Literal["cosine", "mse"], count: Tensor | float | None = None
-) -> Tensor:
+def boundary_loss(student_ND: Tensor, teacher_ND: Tensor, *, kind: Literal["cosine", "mse"]) -> Tensor:
     """Distance between the student's and the teacher's residual stream, averaged over tokens; a scalar.
 
     `cosine` is 1 - cos(h_s, h_t); `mse` is |h_s - h_t|^2 / |h_t|^2, normalised token by token, because the first
@@ -224,11 +223,10 @@ def boundary_loss(
         student_ND: Student states.
         teacher_ND: Teacher states; get no gradient.
         kind: Which distance.
-        count: By how many tokens to divide (default N).
     """
     student, teacher = student_ND.float(), teacher_ND.detach().float()
     if kind == "cosine":
         loss_N = 1 - cosine_similarity(student, teacher, dim=-1)
     else:
         loss_N = (student - teacher).pow(2).sum(-1) / teacher.pow(2).sum(-1).clamp(min=1e-12)
-    return loss_N.sum() / (max(len(loss_N), 1) if count is None else count)
+    return loss_N.sum() / max(len(loss_N), 1)

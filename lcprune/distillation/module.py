@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,7 +23,7 @@ from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.objectives import Level, Logits
 from lcprune.distillation.optim import RewarmingCosine
 from lcprune.distillation.randomness import RngState, restore_rng_state, rng_state
-from lcprune.distillation.teacher import DTYPES, DtypeName, Teacher, forward, head_weight, load, own, second_view
+from lcprune.distillation.teacher import DTYPES, DtypeName, Teacher, cast, forward, head_weight, load, own, second_view
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
@@ -112,16 +113,13 @@ class DistillationModule(LightningModule):
             return
         model = load(self.teacher_name, self.weights_dtype, device)
         student = second_view(model).train()
-        student.config.use_cache = False
         trained = student if self.trained == "all" else layout_of(student.config).layers_of(student)
         student.requires_grad_(False)
         trained.requires_grad_(True)
         teacher_dtype = self._teacher_dtype()
         if teacher_dtype != self.weights_dtype:
-            # New storage for every parameter of the teacher: nothing is shared any more. Not `model.to(dtype)`, which
-            # would round the rotary frequencies too.
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(getattr(torch, teacher_dtype))
+            # New storage for every parameter of the teacher: nothing is shared any more.
+            cast(model, getattr(torch, teacher_dtype))
         else:
             for parameter in trained.parameters():
                 own(parameter)
@@ -154,9 +152,6 @@ class DistillationModule(LightningModule):
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
-        steps = self.trainer.estimated_stepping_batches
-        if isinstance(scheduler, RewarmingCosine) and steps < float("inf"):
-            scheduler.set_total_steps(int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # type: ignore[return-value]
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -175,7 +170,7 @@ class DistillationModule(LightningModule):
         self.observe(batch, self.held_out)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same over the test text."""
+        """The same, logged as test; TextDataModule tests on the held-out text."""
         self.observe(batch, self.held_out)
 
     def on_validation_epoch_end(self) -> None:
@@ -235,6 +230,11 @@ class DistillationModule(LightningModule):
         """Replays the history on the freshly loaded student, so that the checkpoint's weights fit it."""
         record = Record.of(checkpoint)
         record.check_fits(self.teacher_name, self.fingerprint)
+        if record.history.teacher != self.teacher_name:
+            rank_zero_warn(
+                f"the checkpoint's teacher is {record.history.teacher!r}, model.teacher is {self.teacher_name!r}: "
+                "they have the same shape, make sure that they are the same model"
+            )
         if not self.history.steps:
             surgery.replay(self.student, record.history)
         elif self.history.lineage != record.history.lineage:
@@ -249,7 +249,10 @@ class DistillationModule(LightningModule):
         self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
 
     def on_train_start(self) -> None:
-        """Continues the random numbers of an interrupted run."""
+        """Continues the random numbers of an interrupted run, and a cosine whose length the run decides."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, RewarmingCosine) and self.trainer.estimated_stepping_batches < float("inf"):
+                config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
         if self._rng is not None:
             restore_rng_state(self._rng)
             self._rng = None

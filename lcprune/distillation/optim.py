@@ -11,19 +11,22 @@ from collections.abc import Collection
 
 import torch
 from torch.nn import Parameter
-from torch.optim import ASGD, LBFGS, NAdam, Optimizer, Rprop
+from torch.optim import SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
 from lcprune.errors import InputError
 from lcprune.merging.surgery import Outcome
 
+STARTS_AT_ZERO = (Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, RAdam, RMSprop, SGD)
+"""Optimizers whose state per Parameter is all zeros at first and belongs to that Parameter alone."""
+
 
 def check(optimizer: Optimizer) -> None:
     """Raises InputError for an optimizer whose state cannot start afresh at zero."""
-    if isinstance(optimizer, NAdam | ASGD | Rprop | LBFGS):
+    if not isinstance(optimizer, STARTS_AT_ZERO):
         raise InputError(
-            f"model.optimizer={type(optimizer).__name__} keeps a state that does not start at zero, so a merged layer "
-            "cannot start afresh: use AdamW, Adam, SGD, RMSprop, Adagrad, RAdam or Adafactor."
+            f"model.optimizer={type(optimizer).__name__} is not known to keep a state that starts at zero, which a "
+            f"merged layer's has to: use one of {', '.join(kind.__name__ for kind in STARTS_AT_ZERO)}."
         )
 
 
@@ -96,8 +99,8 @@ class RewarmingCosine(LambdaLR):
         return curve
 
     def set_total_steps(self, steps: int) -> None:
-        """Completes a curve that was made without knowing the length of the run."""
-        if self.curve.total_steps is None:
+        """Tells a curve that was made without `total_steps` the length of the run; a resume may have changed it."""
+        if self.curve.follows_run:
             self.curve.total_steps = max(1, steps)
 
     def rewarm(self) -> None:
@@ -115,6 +118,7 @@ class _Curve:
     def __init__(self, warmup_steps: int, rewarm_steps: int, floor: float, total_steps: int | None) -> None:
         self.warmup_steps, self.rewarm_steps = warmup_steps, rewarm_steps
         self.floor, self.total_steps = floor, total_steps
+        self.follows_run = total_steps is None
         self.restarts: list[int] = []
 
     def __call__(self, step: int) -> float:

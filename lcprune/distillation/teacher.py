@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lcprune import demo
 from lcprune.errors import InputError
@@ -76,7 +77,7 @@ def load(name: str, dtype: DtypeName, device: torch.device | str = "cpu") -> Pre
         return AutoModelForCausalLM.from_pretrained(
             demo.resolve(name), dtype=getattr(torch, dtype), device_map={"": torch.device(device)}
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"The weights of model.teacher={name!r} cannot be loaded ({reason})") from error
 
@@ -91,6 +92,21 @@ def second_view(model: PreTrainedModel) -> PreTrainedModel:
     view = copy.deepcopy(model, dict(shared))
     assert isinstance(view, PreTrainedModel)
     return view
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives every parameter another dtype, keeping its identity.
+
+    Not `model.to(dtype)`, which would round the rotary frequencies too.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype in which the original's weights are stored, and in which its student should be."""
+    dtype = config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
 
 
 def own(parameter: nn.Parameter) -> None:

@@ -33,8 +33,8 @@ class LayerLayout:
     """Modules inside a layer that keep the layer's number as `layer_idx` (the key-value cache goes by it)."""
     depth_field: str = "num_hidden_layers"
     """Config field that holds the number of layers."""
-    per_layer_fields: tuple[str, ...] = ()
-    """Config fields that are lists with one entry per layer."""
+    per_layer_fields: tuple[str, ...] = ("layer_types",)
+    """Config fields that are lists with one entry per layer, where a config has them."""
 
     def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers of a causal LM of this family."""
@@ -67,8 +67,8 @@ _QK_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", 
 LAYOUTS: tuple[LayerLayout, ...] = (
     LayerLayout("llama"),
     LayerLayout("mistral"),
-    LayerLayout("qwen2", per_layer_fields=("layer_types",)),
-    LayerLayout("qwen3", per_layer_fields=("layer_types",), norms=_QK_NORMS),
+    LayerLayout("qwen2"),
+    LayerLayout("qwen3", norms=_QK_NORMS),
 )
 """Every family that can be merged; add a record to add a family."""
 

@@ -98,6 +98,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return state
 
 
+@torch.no_grad()
 def token_loss(model: PreTrainedModel, state_BTD: Tensor, batch: Batch) -> tuple[float, int]:
     """Sum of next-token cross-entropies in nats, and over how many tokens, from the last state.
 

@@ -93,6 +93,10 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "plan and plan-only": (["collapse", "--plan-only", "--plan", "PLAN"], ("--plan-only", "one of them")),
     "export of nothing": (["export", "nowhere.ckpt", "--out", "o"], ("nowhere.ckpt", "does not exist")),
     "export without out": (["export", "x.ckpt"], ("--out",)),
+    "fit without a recipe": (["fit"], ("needs a recipe", "quickstart.yaml")),
+    "text for a depth": (["collapse", "--target-depth", "abc", "--out", "o"], ("--target-depth", "abc")),
+    "option without a value": (["collapse", "--out"], ("--out",)),
+    "plan and depth": (["collapse", "--plan", "PLAN", "--target-depth", "4", "--out", "o"], ("give one of them",)),
 }
 
 
@@ -162,6 +166,22 @@ def test_checkpoint_that_does_not_fit_is_refused_before_weights_are_loaded(
     assert main(["fit", "--config", str(config), "--ckpt_path", str(tmp_path / "bad.ckpt")]) == 2
     assert expected in _sentence(capsys)
     assert not (tmp_path / "run" / "student").exists()
+
+
+def test_out_of_a_command_that_exports_nothing_is_refused(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write(tmp_path, recipe(tiny_folder, text_file(tmp_path), tmp_path / "run"))
+    assert main(["validate", "--config", str(config), "--out", str(tmp_path / "x")]) == 2
+    assert "validate exports none" in _sentence(capsys)
+
+
+def test_plan_of_another_model_is_refused(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"format": 1, "teacher": "somebody/else", "teacher_depth": 6, "steps": []}))
+    config = write(tmp_path, recipe(tiny_folder, text_file(tmp_path), tmp_path / "run"))
+    assert main(["collapse", "--config", str(config), "--plan", str(plan), "--out", str(tmp_path / "short")]) == 2
+    assert "somebody/else" in _sentence(capsys)
 
 
 def test_unknown_family_is_one_sentence_that_names_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

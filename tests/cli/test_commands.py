@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lcprune import cli
 from lcprune.cli import main
 from lcprune.merging.lineage import MergeHistory
+from tests.builders import save_tiny, tiny_llama
 from tests.cli.recipe import recipe, text_file, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:`litmodels`", "ignore:The `srun` command")
@@ -157,6 +160,42 @@ def test_score_covers_every_layer_by_every_criterion(config: str, tmp_path: Path
     columns = json.loads(path.read_text())
     assert set(columns) == {"BlockInfluence", "AngularDistance", "OutputSimilarity", "TrialPerplexity"}
     assert {len(scores) for scores in columns.values()} == {6}
+
+
+def test_student_is_stored_in_the_dtype_of_its_teacher(tmp_path: Path):
+    teacher = save_tiny(tmp_path / "bf16", tiny_llama(dtype=torch.bfloat16))
+    content = recipe(teacher, text_file(tmp_path), tmp_path / "run")
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").config
+    assert config.dtype == torch.bfloat16
+    assert config.use_cache
+
+
+def test_single_callback_may_stand_without_a_list(tiny_folder: Path, tmp_path: Path):
+    content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run")
+    content["trainer"]["callbacks"] = content["trainer"]["callbacks"][0]  # type: ignore[index]
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
+
+
+def test_fit_on_two_processes_ends_with_one_export(tiny_folder: Path, tmp_path: Path):
+    content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", trainer__devices=2, trainer__strategy="ddp")
+    command = [sys.executable, "-m", "lcprune", "fit", "--config", str(write(tmp_path, content))]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert MergeHistory.load(tmp_path / "run" / "student" / "history.json").depth == 4
+    assert done.stdout.count("what became of it") == 1
+
+
+def test_metrics_from_before_a_resume_are_kept(finished: Path, tiny_folder: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    before = (run / "metrics.csv").read_text()
+    content = recipe(tiny_folder, finished / "text.txt", run, trainer__max_steps=8)
+    checkpoint = str(run / "checkpoints" / "last.ckpt")
+    assert main(["fit", "--config", str(write(tmp_path, content)), "--ckpt_path", checkpoint]) == 0
+    assert (run / "metrics.1.csv").read_text() == before
+    assert MergeHistory.load(run / "student" / "history.json").depth == 4
 
 
 def test_fit_without_schedule_trains_an_unmerged_student(tiny_folder: Path, tmp_path: Path):

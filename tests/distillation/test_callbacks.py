@@ -258,9 +258,17 @@ def test_data_without_calibration_batches_is_refused(tiny_folder: Path, text: Pa
 def test_strategy_without_an_adapter_is_refused(tiny_folder: Path, tmp_path: Path):
     # FSDP refuses CPUs by itself, so the trainer here is only as much of one as `setup` looks at
     collapse = runs.two_merges()
-    trainer = SimpleNamespace(strategy=FSDPStrategy(), max_steps=12, callbacks=[collapse], datamodule=None)
+    trainer = SimpleNamespace(
+        strategy=FSDPStrategy(), max_steps=12, callbacks=[collapse], datamodule=None, fast_dev_run=False
+    )
     with pytest.raises(InputError, match=r"trainer\.strategy=FSDPStrategy.*lcprune collapse"):
         collapse.setup(trainer, runs.student_of(tiny_folder), "fit")  # type: ignore[arg-type]
+
+
+def test_fixed_plan_in_stages_may_name_the_teachers_last_layers_at_every_stage(fit: Fit):
+    plan = FixedPlan([[1, 2], [4, 5]])
+    module = fit(ProgressiveCollapse(AtSteps({1: 5, 2: 4}), planner=plan), max_steps=3)[0]
+    assert module.history.lineage == ((0,), (1, 2), (3,), (4, 5))
 
 
 def test_other_modules_are_refused(tmp_path: Path):

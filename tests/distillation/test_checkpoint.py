@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcprune import TextDataModule
+from lcprune import AtSteps, ProgressiveCollapse, TextDataModule
 from lcprune.distillation import checkpoint
 from lcprune.distillation.checkpoint import KEY, Record, fingerprint_of, load_student, read
 from lcprune.distillation.module import DistillationModule
@@ -62,7 +62,10 @@ def test_read_tells_history_fingerprint_and_dtype(finished: tuple[Path, Distilla
         "num_hidden_layers": 6,
         "hidden_size": 32,
         "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "vocab_size": 97,
+        "tie_word_embeddings": True,
     }
     assert record.dtype == "float32"
     assert len(record.rng) == 1
@@ -182,7 +185,7 @@ def test_checkpoint_of_another_model_is_refused_before_its_weights(
     finished: tuple[Path, DistillationModule], text: Path, tmp_path: Path
 ):
     other = runs.save_teacher(tmp_path / "other", model=builders.tiny_llama(7))
-    trainer = runs.trainer_for(tmp_path, runs.two_merges())
+    trainer = runs.trainer_for(tmp_path, ProgressiveCollapse(AtSteps({3: 5})))
     with pytest.raises(InputError, match=r"num_hidden_layers 6.*num_hidden_layers 7"):
         trainer.fit(runs.student_of(other), datamodule=runs.data_for(other, text), ckpt_path=str(finished[0]))
 

@@ -48,13 +48,13 @@ def test_indexed_modules_are_all_that_know_the_layers_number(family: Family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_per_layer_fields_are_all_lists_of_the_config_that_follow_the_depth(family: Family):
+def test_per_layer_fields_name_every_list_of_the_config_that_follows_the_depth(family: Family):
     lengths = [
         {name: len(value) for name, value in vars(tiny_config(n, model_type=family)).items() if isinstance(value, list)}
         for n in (5, 7)
     ]
     follow = {name for name, length in lengths[0].items() if (length, lengths[1].get(name)) == (5, 7)}
-    assert follow == set(layout_of(tiny_config(model_type=family)).per_layer_fields)
+    assert follow <= set(layout_of(tiny_config(model_type=family)).per_layer_fields)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
