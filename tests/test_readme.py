@@ -1,0 +1,70 @@
+"""What the README shows can be typed: its commands parse, its Python runs (on a tiny model), its files exist."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from lcprune.cli.training import RecipeCLI
+from lcprune.distillation import checkpoint
+from lcprune.merging.operators import from_spec, spec_of
+from tests.cli.recipe import text_file
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = re.findall(r"^lcprune ((?:fit|validate|test|predict) [^#\n]*)", README, re.MULTILINE)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the recipes and a data file, as the README supposes."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    text_file(tmp_path).rename(tmp_path / "my.txt")
+    words = (tmp_path / "my.txt").read_text().split()
+    lines = [f'{{"text": "{" ".join(words[i : i + 60])}"}}\n' for i in range(0, len(words), 60)]
+    (tmp_path / "my.jsonl").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_command_of_the_readme_makes_every_object(command: str, here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(checkpoint, "read", lambda path: None)
+    cli = RecipeCLI([*shlex.split(command), "--trainer.accelerator", "cpu"])
+    assert cli.trainer is not None
+
+
+def test_readme_has_the_commands_and_blocks_that_these_tests_look_at():
+    assert len(TRAINING) >= 4
+    assert sum("my-model" in block for block in PYTHON) == 2
+
+
+@pytest.mark.parametrize("block", [block for block in PYTHON if "my-model" in block])
+@pytest.mark.filterwarnings("ignore:The .* does not have many workers", "ignore:`max_epochs` was not set")
+def test_python_of_the_readme_runs(
+    block: str, here: Path, tiny_llama: Callable[..., PreTrainedModel], tiny_tokenizer: object
+):
+    from tests.builders import save_tiny
+
+    save_tiny(here / "my-model", tiny_llama(24))
+    small = block.replace('path="my.jsonl"', 'path="my.jsonl", block_size=32').replace("max_steps=200", "max_steps=42")
+    exec(compile(small, "README.md", "exec"), {})
+
+
+def test_operator_of_the_readme_is_an_operator():
+    namespace: dict[str, object] = {"__name__": "tests.test_readme"}
+    block = next(block for block in PYTHON if "class KeepNormsOfLast" in block)
+    exec(compile(block, "README.md", "exec"), namespace)
+    globals()["KeepNormsOfLast"] = namespace["KeepNormsOfLast"]
+    operator = namespace["KeepNormsOfLast"]()  # type: ignore[operator]
+    assert from_spec({**spec_of(operator), "class_path": f"{__name__}.KeepNormsOfLast"}) == operator
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:recipes|tests|notebooks|lcprune)/[\w./]+\w)`", README))))
+def test_path_in_the_readme_exists(path: str):
+    assert (ROOT / path).exists()
