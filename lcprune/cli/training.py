@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import lightning
+from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lcprune import demo
+from lcprune import __version__, demo
 from lcprune.cli import tables
 from lcprune.cli.files import write_text
 from lcprune.cli.messages import cause_of, one_sentence
@@ -74,11 +76,19 @@ class RecipeCLI(LightningCLI):
                 TextDataModule,
                 save_config_kwargs={"config_filename": "recipe.yaml", "overwrite": True},
                 trainer_defaults={"enable_model_summary": False},
-                parser_class=Parser,
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
                 run=run,
             )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Our parser for the command and every subcommand (lightning 2.5 has no argument for it)."""
+        kwargs.setdefault("dump_header", [f"lcprune=={__version__}", f"lightning=={lightning.__version__}"])
+        parser = Parser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="A recipe; later ones override earlier ones."
+        )
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`collapse:` beside trainer, model and data; one more option; the tokenizer follows the teacher."""
