@@ -17,8 +17,8 @@ ORTHOGONAL = 0.1
 def plan(history: MergeHistory) -> None:
     """A plan or history, one row per merge, and a warning where the operator cannot work well."""
     table = Table(title=f"{history.teacher_depth} layers -> {history.depth}", title_justify="left")
-    for heading in ("merge", "layers", "teacher layers", "operator", "shares", "scores"):
-        table.add_column(heading)
+    for heading in ("merge", "layers", "teacher", "operator", "shares", "scores"):
+        table.add_column(heading, overflow="fold")
     reached = MergeHistory(history.teacher_depth)
     hopeless = []
     for number, step in enumerate(history.steps, 1):

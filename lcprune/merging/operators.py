@@ -68,22 +68,14 @@ class Rdsc(Operator):
     """Reserving the differences while seeking common: the base plus every difference to it (LaCo, eq. 1).
 
     The formula as printed. Weights of adjacent layers are nearly orthogonal, so the sum over k members has about
-    sqrt((k-1)**2 + (k-2)**2) times the norm of one: expect to need training or a refit behind it.
+    sqrt((k-1) + (k-2)**2) times the norm of one: expect to need training or a refit behind it.
     """
 
     elementwise: ClassVar[bool] = True
 
     def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
         """theta_0 + sum over k of (theta_k - theta_0), accumulated in float32; norms of the base."""
-        base = members[0]
-        merged = {}
-        for name, theta in base.items():
-            total = theta.to(_accumulator(theta), copy=True)
-            if not layout.is_norm(name):
-                for member in members[1:]:
-                    total += member[name].to(total.dtype) - theta.to(total.dtype)
-            merged[name] = total.to(theta.dtype)
-        return merged
+        return _plus_differences(members, [1.0] * (len(members) - 1), layout)
 
 
 @dataclass(frozen=True)
@@ -108,19 +100,22 @@ class WeightedAverage(Operator):
 
     def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
         """Sum over k of share_k theta_k, written as theta_0 + sum of share_k (theta_k - theta_0)."""
-        base = members[0]
-        merged = {}
-        for name, theta in base.items():
-            total = theta.to(_accumulator(theta), copy=True)
-            if not layout.is_norm(name):
-                for share, member in zip(shares[1:], members[1:], strict=True):
-                    total += share * (member[name].to(total.dtype) - theta.to(total.dtype))
-            merged[name] = total.to(theta.dtype)
-        return merged
+        return _plus_differences(members, shares[1:], layout)
 
 
-def _accumulator(theta: Tensor) -> torch.dtype:
-    return torch.promote_types(theta.dtype, torch.float32)
+def _plus_differences(
+    members: Sequence[LayerTensors], factors: Sequence[float], layout: LayerLayout
+) -> dict[str, Tensor]:
+    """theta_0 + sum over k of factor_k (theta_k - theta_0), accumulated in float32 or better; norms of the base."""
+    base = members[0]
+    merged = {}
+    for name, theta in base.items():
+        total = theta.to(torch.promote_types(theta.dtype, torch.float32), copy=True)
+        if not layout.is_norm(name):
+            for factor, member in zip(factors, members[1:], strict=True):
+                total += factor * (member[name].to(total.dtype) - theta.to(total.dtype))
+        merged[name] = total.to(theta.dtype)
+    return merged
 
 
 def spec_of(operator: Operator) -> dict[str, object]:
