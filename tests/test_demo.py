@@ -107,7 +107,7 @@ def test_importing_needs_neither_torch_nor_transformers():
 
 
 @pytest.mark.model
-def test_demo_model_is_unpacked_quietly_and_speaks(
+def test_demo_model_is_unpacked_with_one_line_said_and_speaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     import torch
@@ -115,7 +115,9 @@ def test_demo_model_is_unpacked_quietly_and_speaks(
 
     monkeypatch.setenv("LCPRUNE_CACHE", str(tmp_path))
     folder = demo.resolve(demo.DEMO)
-    assert capfd.readouterr() == ("", "")
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err == f"unpacking the demo model into {folder}, once, ~20 s\n"
     assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".lock"]
 
     config, tokenizer = demo.read_config(demo.DEMO), demo.load_tokenizer(demo.DEMO)
