@@ -75,7 +75,17 @@ class ProgressiveCollapse(Callback):
             raise InputError("trainer.callbacks holds ProgressiveCollapse beside the recipe's `collapse`: keep one.")
         if stage != "fit" or self.schedule is None:
             return
-        module = _ours(pl_module)
+        self.check(trainer, _ours(pl_module))
+        if not isinstance(trainer.datamodule, CalibrationSource):  # type: ignore[attr-defined]
+            raise InputError(
+                "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
+                "calibration_batches(), like lcprune.TextDataModule."
+            )
+
+    def check(self, trainer: Trainer, module: DistillationModule) -> None:
+        """Raises InputError for what can be known before text is read or a folder made."""
+        if self.schedule is None:
+            return
         depth = module.history.teacher_depth
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.schedule.check(depth, trainer.max_steps)
@@ -92,11 +102,6 @@ class ProgressiveCollapse(Callback):
                     f"trainer.callbacks: {type(callback).__name__} holds on to weights that a merge takes away: "
                     "remove it, or train it after the last merge in a run of its own."
                 )
-        if not isinstance(trainer.datamodule, CalibrationSource):  # type: ignore[attr-defined]
-            raise InputError(
-                "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
-                "calibration_batches(), like lcprune.TextDataModule."
-            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merges that are due at the step a run starts or resumes at; refuses those that the epochs end before.

@@ -223,6 +223,13 @@ def test_full_disk_at_export_is_the_machines_fault_and_leaves_nothing(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".short")]
 
 
+def test_refused_depth_leaves_not_even_an_empty_run_folder(tiny_folder: Path, tmp_path: Path):
+    changes = {"collapse__schedule": {"class_path": "Evenly", "init_args": {"target_depth": 40}}}
+    content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", **changes)
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_recipe_for_a_deeper_model_names_both_depths(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = save_tiny(tmp_path / "model", tiny_llama(3))
     config = write(tmp_path, recipe(model, text_file(tmp_path), tmp_path / "run"))

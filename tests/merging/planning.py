@@ -1,0 +1,46 @@
+"""What tests of planners share."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lcprune.merging.architectures import layout_of
+from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.criteria import Criterion
+from lcprune.merging.lineage import MergeStep
+from tests.builders import token_batches
+
+
+@dataclass(frozen=True)
+class Given(Criterion):
+    """Scores that a test has made up."""
+
+    scores: tuple[float, ...]
+
+    def score(self, calibration: Calibration) -> tuple[float, ...]:
+        return self.scores
+
+
+def layers_of(model: PreTrainedModel) -> Any:
+    return layout_of(model.config).layers_of(model)
+
+
+def plain() -> list[Batch]:
+    return [{"input_ids": ids} for ids in token_batches()]
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(left: nn.Module | dict[str, Tensor], right: nn.Module | dict[str, Tensor]) -> None:
+    states = [dict(each.state_dict()) if isinstance(each, nn.Module) else each for each in (left, right)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def groups_of(steps: Iterable[MergeStep]) -> list[tuple[int, ...]]:
+    return [step.group for step in steps]
