@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS = {
     # A file may import the files before it in its own room. The planners' searches need surgery.trial.
-    "merging": "lineage architectures calibration operators surgery criteria planners refit collapse",
+    "merging": "progress lineage architectures activity calibration streams operators concat surgery criteria "
+    "gradients planners progressive greedy refit search budget collapse shards streaming heatmaps",
     "distillation": "schedules randomness losses metrics teacher objectives optim checkpoint module callbacks",
     "data": "preprocess module",
     "delivery": "card export figures evaluate report",
@@ -30,6 +31,7 @@ LIBRARIES = {
     "errors": (),
     "merging": ("torch", "transformers"),
     "merging.lineage": (),
+    "merging.progress": (),
     "distillation.schedules": (),
     "distillation.losses": ("torch",),
 }

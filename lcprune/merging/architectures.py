@@ -10,11 +10,50 @@ names as `nn.Module.get_submodule` takes them; a layer's own names are relative 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lcprune.errors import InputError
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A projection whose output rows belong to a branch's units."""
+
+    name: str
+    """Module inside the layer, e.g. `self_attn.q_proj`."""
+    blocks: Literal["one", "qkv", "halves"] = "one"
+    """Rows from top to bottom: `one` block of equal slices per unit (query, key and value interleaved too);
+    `qkv`: a block of queries, one of keys, one of values; `halves`: gate above up."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A way from the residual stream through N parallel units and back: attention (KV-head groups) or MLP (channels).
+
+    Unit n owns a slice of rows in every block of every producer and a slice of the consumer's input columns.
+    """
+
+    producers: tuple[Producer, ...]
+    """What reads the (normalised) stream."""
+    consumer: str
+    """The projection that writes into the stream, e.g. `mlp.down_proj`."""
+    norm: str
+    """The normalisation in front of the producers; empty where they read the stream as it is."""
+    norm_after: str = ""
+    """The normalisation between the consumer and the stream, in families that have one."""
+
+
+_ATTENTION = Branch(
+    (Producer("self_attn.q_proj"), Producer("self_attn.k_proj"), Producer("self_attn.v_proj")),
+    consumer="self_attn.o_proj",
+    norm="input_layernorm",
+)
+_MLP = Branch(
+    (Producer("mlp.gate_proj"), Producer("mlp.up_proj")), consumer="mlp.down_proj", norm="post_attention_layernorm"
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +74,15 @@ class LayerLayout:
     """Config field that holds the number of layers."""
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     """Config fields that are lists with one entry per layer, where a config has them."""
+
+    attention: Branch = _ATTENTION
+    """Query, key, value and output projections; the units are KV heads with the query heads that share each."""
+    mlp: Branch | None = _MLP
+    """The MLP's projections; None where it consists of experts."""
+    norm_offset: float = 0.0
+    """Added to a stored norm weight before it multiplies (1 where the family stores the weight minus one)."""
+    transposed: bool = False
+    """Whether projections are stored as [inputs, outputs] (Conv1D) instead of [outputs, inputs]."""
 
     def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers of a causal LM of this family."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lcprune.errors import InputError
+from lcprune.merging.activity import Activity
 from lcprune.merging.architectures import LayerLayout
 
 LayerTensors = Mapping[str, Tensor]
@@ -34,13 +35,23 @@ class Operator:
     elementwise: ClassVar[bool] = False
     """Whether members are added entry by entry, which needs aligned weights to make sense."""
 
-    def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
+    needs_activity: ClassVar[bool] = False
+    """Whether `merge` must be given what the members do on text."""
+
+    def merge(
+        self,
+        members: Sequence[LayerTensors],
+        shares: Sequence[float],
+        layout: LayerLayout,
+        activity: Sequence[Activity] = (),
+    ) -> dict[str, Tensor]:
         """The merged layer's tensors.
 
         Args:
             members: Parameters of the k members, the base first; equal names and shapes; left untouched.
             shares: One fraction per member, summing to 1.
             layout: The family's record.
+            activity: One per member, where `needs_activity`; else empty.
         """
         raise NotImplementedError
 
@@ -56,7 +67,13 @@ class Drop(Operator):
         if self.keep not in ("strongest", "first", "last"):
             raise InputError(f"keep={self.keep!r} of Drop must be strongest, first or last.")
 
-    def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
+    def merge(
+        self,
+        members: Sequence[LayerTensors],
+        shares: Sequence[float],
+        layout: LayerLayout,
+        activity: Sequence[Activity] = (),
+    ) -> dict[str, Tensor]:
         """The kept member's tensors."""
         last = len(members) - 1
         kept = {"strongest": max(range(len(members)), key=lambda k: (shares[k], -k)), "first": 0, "last": last}
@@ -73,7 +90,13 @@ class Rdsc(Operator):
 
     elementwise: ClassVar[bool] = True
 
-    def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
+    def merge(
+        self,
+        members: Sequence[LayerTensors],
+        shares: Sequence[float],
+        layout: LayerLayout,
+        activity: Sequence[Activity] = (),
+    ) -> dict[str, Tensor]:
         """theta_0 + sum over k of (theta_k - theta_0), accumulated in float32; norms of the base."""
         return _plus_differences(members, [1.0] * (len(members) - 1), layout)
 
@@ -86,7 +109,13 @@ class ReplaceWithLast(Operator):
     thresholds belong to this operator, not to `Rdsc`.
     """
 
-    def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
+    def merge(
+        self,
+        members: Sequence[LayerTensors],
+        shares: Sequence[float],
+        layout: LayerLayout,
+        activity: Sequence[Activity] = (),
+    ) -> dict[str, Tensor]:
         """theta_last for projections, theta_0 for norms."""
         base, last = members[0], members[-1]
         return {name: (base if layout.is_norm(name) else last)[name].clone() for name in base}
@@ -98,7 +127,13 @@ class WeightedAverage(Operator):
 
     elementwise: ClassVar[bool] = True
 
-    def merge(self, members: Sequence[LayerTensors], shares: Sequence[float], layout: LayerLayout) -> dict[str, Tensor]:
+    def merge(
+        self,
+        members: Sequence[LayerTensors],
+        shares: Sequence[float],
+        layout: LayerLayout,
+        activity: Sequence[Activity] = (),
+    ) -> dict[str, Tensor]:
         """Sum over k of share_k theta_k, written as theta_0 + sum of share_k (theta_k - theta_0)."""
         return _plus_differences(members, shares[1:], layout)
 

@@ -78,9 +78,9 @@ class FixedPlan(Planner):
             places = [index for index, members in enumerate(lineage) if set(members) & set(group)]
             if len(places) < 2 or len(lineage) - len(places) + 1 < target:
                 continue
-            steps.append(_step(places, operator, _uniform(places)))
+            steps.append(new_step(places, operator, uniform(places)))
             lineage[places[0] : places[-1] + 1] = [tuple(m for index in places for m in lineage[index])]
-        return _with_weight_cosines(calibration, steps)
+        return with_weight_cosines(calibration, steps)
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class OneShotRanking(Planner):
             staying = next((place for place, layer in enumerate(group) if layer not in going), 0)
             shares = _proportional([scores[layer] for layer in group], staying)
             worst = {name: max(scores[layer] for layer in group if layer in going)}
-            steps.append(_step(group, operator, shares, worst))
-        return _with_weight_cosines(calibration, steps)
+            steps.append(new_step(group, operator, shares, worst))
+        return with_weight_cosines(calibration, steps)
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class ContiguousBlock(Planner):
         angles = calibration.stats(n).angle[n]
         start = min(range(1, len(angles)), key=lambda layer: (angles[layer], layer))
         group = list(range(start - 1, start + n))
-        step = _step(group, operator, _uniform(group), {"AngularDistance": angles[start]})
-        return _with_weight_cosines(calibration, [step])
+        step = new_step(group, operator, uniform(group), {"AngularDistance": angles[start]})
+        return with_weight_cosines(calibration, [step])
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class ThresholdPlanner(Planner):
                 prefixes.forget_from(base + 1)
                 absorbed = min(self.layers_per_merge - 1, depth - base - 1, depth - target)
                 group = list(range(base, base + absorbed + 1))
-                candidate = _step(group, operator, _uniform(group))
+                candidate = new_step(group, operator, uniform(group))
                 with ExitStack() as attempt:
                     attempt.enter_context(surgery.trial(calibration.model, candidate))
                     similarity = 1 - criterion.measure(calibration, prefixes.run(base))
@@ -197,12 +197,13 @@ class ThresholdPlanner(Planner):
                     base = min(base - self.interval, depth - self.layers_per_merge)
                 else:
                     base -= 1
-        return _with_weight_cosines(calibration, steps)
+        return with_weight_cosines(calibration, steps)
 
 
-def _step(
+def new_step(
     group: Sequence[int], operator: Operator, shares: Sequence[float], scores: dict[str, float] | None = None
 ) -> MergeStep:
+    """A step of this operator over this group."""
     return MergeStep(tuple(group), spec_of(operator), tuple(shares), scores or {})
 
 
@@ -219,7 +220,8 @@ def _groups(going: set[int], depth: int) -> list[list[int]]:
     return [group for group in groups if len(group) > 1]
 
 
-def _uniform(group: Sequence[object]) -> list[float]:
+def uniform(group: Sequence[object]) -> list[float]:
+    """The same share for every member."""
     return [1 / len(group)] * len(group)
 
 
@@ -232,7 +234,7 @@ def _proportional(scores: Sequence[float], staying: int) -> list[float]:
     return [score / total for score in scores]
 
 
-def _with_weight_cosines(calibration: Calibration, steps: Sequence[MergeStep]) -> tuple[MergeStep, ...]:
+def with_weight_cosines(calibration: Calibration, steps: Sequence[MergeStep]) -> tuple[MergeStep, ...]:
     """Adds the mean cosine between the weights of neighbours in a group, base to member, to each step's scores.
 
     Near 0 for most trained models: it says when an elementwise operator is hopeless, and costs nothing.
