@@ -90,8 +90,10 @@ def lightning_main() -> int:
 def _run(command: str, arguments: list[str]) -> int:
     if command in TRAINING:
         from lcprune.cli.training import run
-    elif command in ("collapse", "score"):
+    elif command == "collapse":
         from lcprune.cli.merging import run
+    elif command == "score":
+        from lcprune.cli.scoring import run
     elif command == "export":
         from lcprune.cli.delivery import run
     else:

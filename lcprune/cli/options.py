@@ -1,0 +1,70 @@
+"""What `collapse` and `score` take beside the settings of a recipe; checked before weights are loaded."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from transformers import PreTrainedModel
+
+from lcprune.cli.training import Parser, RecipeCLI
+from lcprune.distillation.teacher import DTYPES, DtypeName, load
+from lcprune.errors import InputError
+
+Option: TypeAlias = "tuple[str, Callable[[str], object], str]"
+"""Name, what makes its value of the text (`bool` = a flag without a value), and the line of help."""
+
+LOADING: tuple[Option, ...] = (
+    ("--device", str, "cpu, cuda or cuda:1; default: what trainer.accelerator says, cuda where there is one."),
+    ("--dtype", str, f"{', '.join(DTYPES)}: of the weights while planning; default: model.dtype of the recipe."),
+)
+"""Options of every command that loads a model without training it."""
+
+
+def split(usage: str, arguments: Sequence[str], *options: Option) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and what remains for the recipe's parser (--config, --data.path ...).
+
+    Args:
+        usage: The command as a user types it, without the recipe's settings.
+        arguments: What was typed behind the command's name.
+        options: Those of the command.
+    """
+
+    class Own(argparse.ArgumentParser):
+        error, _settings = Parser.error, Parser._settings  # type: ignore[assignment]
+
+    parser = Own(usage=f"{usage} [--model.KEY VALUE] [--data.KEY VALUE] ...", allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action="help", help="Show this; the recipe's own keys: lcprune fit --help.")
+    for name, kind, text in options:
+        if kind is bool:
+            parser.add_argument(name, action="store_true", help=text)
+        else:
+            parser.add_argument(name, type=kind, help=text)
+    return parser.parse_known_args(arguments)
+
+
+def check_loading(own: argparse.Namespace) -> None:
+    """Refuses a device or dtype that cannot be had.
+
+    Raises:
+        InputError: --device or --dtype is unknown, or this machine has no such device.
+    """
+    if own.dtype is not None and own.dtype not in DTYPES:
+        raise InputError(f"--dtype {own.dtype} must be one of {', '.join(DTYPES)}.")
+    if own.device is None:
+        return
+    kind, _, number = own.device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdecimal())):
+        raise InputError(f"--device {own.device} must be cpu, cuda, or cuda with a number such as cuda:1.")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        there = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise InputError(
+            f"--device {own.device} is not on this machine, where torch finds {', '.join(['cpu', *there])}: "
+            "choose one of these, or leave --device out."
+        )
+
+
+def load_model(own: argparse.Namespace, cli: RecipeCLI) -> PreTrainedModel:
+    """The recipe's teacher with the dtype and on the device that were asked for, else those of the recipe."""
+    dtype: DtypeName = own.dtype or cli.model.weights_dtype
+    return load(cli.model.teacher_name, dtype, own.device or cli.trainer.strategy.root_device)
