@@ -14,6 +14,7 @@ _HOMES = {
     "lcprune.merging.architectures": ("LayerLayout",),
     "lcprune.merging.calibration": ("Calibration", "LayerStats"),
     "lcprune.merging.operators": ("Drop", "Operator", "Rdsc", "ReplaceWithLast", "WeightedAverage"),
+    "lcprune.merging.concat": ("Concat",),
     "lcprune.merging.criteria": (
         "AngularDistance",
         "BlockInfluence",

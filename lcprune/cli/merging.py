@@ -13,7 +13,9 @@ from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
 from lcprune.merging import collapse
+from lcprune.merging.architectures import layout_of
 from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.operators import from_spec
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -52,6 +54,7 @@ def _collapse(arguments: list[str]) -> None:
     if given is None:
         collapse.check_target_depth(target, depth)
         callback.planner.check(depth, target)
+        callback.operator.check(layout_of(cli.model.teacher_config))
     model = options.load_model(own, cli)
     if given is None:
         given = collapse.plan(
@@ -68,7 +71,8 @@ def _collapse(arguments: list[str]) -> None:
         write_text(path, history.to_json())
         print(f"{path}: edit it and run `lcprune collapse ... --plan {path} --out FOLDER`")
         return
-    collapse.execute(model, history)
+    needs_text = any(from_spec(step.operator).needs_activity for step in history.steps)
+    collapse.execute(model, history, cli.datamodule.calibration_batches() if needs_text else ())
     cast(model, stored_dtype(cli.model.teacher_config))
     tokenizer = demo.load_tokenizer(cli.model.teacher_name)
     export(

@@ -28,10 +28,13 @@ from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Schedule
 from lcprune.errors import InputError, RunError
 from lcprune.merging import surgery
+from lcprune.merging.activity import Activity
+from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.lineage import MergeHistory, MergeStep
-from lcprune.merging.operators import Drop, Operator
+from lcprune.merging.operators import Drop, Operator, from_spec
 from lcprune.merging.planners import OneShotRanking, Planner
+from lcprune.merging.remeasure import measure_activity
 
 REFUSED = {
     "BatchSizeFinder",
@@ -91,6 +94,7 @@ class ProgressiveCollapse(Callback):
             self.schedule.check(depth, trainer.max_steps)
         for _, target in self.schedule.milestones(depth):
             self.planner.check(depth, target)
+        self.operator.check(layout_of(module.teacher_config))
         if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
             raise InputError(
                 f"trainer.strategy={type(trainer.strategy).__name__} cannot merge layers during training: "
@@ -181,10 +185,18 @@ class ProgressiveCollapse(Callback):
         return tuple(replace(step, global_step=trainer.global_step) for step in steps)
 
 
-def merge(trainer: Trainer, module: DistillationModule, steps: Iterable[MergeStep]) -> None:
+def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeStep]) -> None:
     """Executes steps on a student in training and brings everything along that knew the layers."""
+    batches = trainer.datamodule.calibration_batches() if _needs_text(steps) else ()  # type: ignore[attr-defined]
+
+    def activity(wanted: Sequence[int]) -> Sequence[Activity]:
+        with _planning(trainer):
+            return measure_activity(module.student, batches, wanted)
+
     for step in steps:
-        outcome = surgery.apply(module.student, step)
+        outcome = surgery.apply(module.student, step, activity)
+        if batches:
+            _share(outcome.merged)
         for optimizer in trainer.optimizers:
             optim.carry_over(optimizer, outcome)
         module.history = module.history.append(step)
@@ -196,6 +208,17 @@ def merge(trainer: Trainer, module: DistillationModule, steps: Iterable[MergeSte
     if isinstance(trainer.strategy, DDPStrategy):
         _rewrap(trainer.strategy)
     _note_measurement(trainer, module)
+
+
+def _needs_text(steps: Sequence[MergeStep]) -> bool:
+    return any(from_spec(step.operator).needs_activity for step in steps)
+
+
+def _share(merged: Iterable[torch.nn.Parameter]) -> None:
+    """Every rank measures for itself, and may choose otherwise between near equals: rank 0's weights count."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for parameter in merged:
+            torch.distributed.broadcast(parameter.data, 0)
 
 
 def measure(trainer: Trainer, module: DistillationModule) -> dict[str, float]:

@@ -2,10 +2,11 @@
 
 history = collapse(model, batches, target_depth=24)          # model is changed in place
 history = plan(model, batches, target_depth=24)              # nothing is touched
-execute(model, history)                                      # ... until now, perhaps after editing it
+execute(model, history, batches)                             # ... until now, perhaps after editing it
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -15,6 +16,7 @@ from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import Drop, Operator, from_spec
 from lcprune.merging.planners import OneShotRanking, Planner
+from lcprune.merging.remeasure import measure_activity
 
 
 def plan(
@@ -42,24 +44,35 @@ def plan(
     """
     calibration = Calibration(model, batches)
     planner = planner if planner is not None else OneShotRanking()
+    operator = operator if operator is not None else Drop()
     check_target_depth(target_depth, calibration.depth)
     planner.check(calibration.depth, target_depth)
-    steps = planner.plan(calibration, operator if operator is not None else Drop(), target_depth)
+    operator.check(calibration.layout)
+    steps = planner.plan(calibration, operator, target_depth)
     return MergeHistory(calibration.depth, steps, teacher=model.config.name_or_path or "")
 
 
-def execute(model: PreTrainedModel, history: MergeHistory) -> None:
+def execute(model: PreTrainedModel, history: MergeHistory, batches: Sequence[Batch] = ()) -> None:
     """Merges an unmerged model in place as a plan says; checks the whole plan before it touches anything.
 
+    Args:
+        model: A causal LM of a known family.
+        history: The plan.
+        batches: Calibration batches; only operators that look at what layers do on text (`Concat`) need them.
+
     Raises:
-        InputError: If the plan is for a model of another depth or names an operator that does not exist.
+        InputError: If the plan is for a model of another depth, or names an operator that does not exist, does not
+            fit the family, or needs batches where there are none.
     """
-    depth = Calibration(model, ({},)).depth
+    calibration = Calibration(model, batches or ({},))
+    depth = calibration.depth
     if history.teacher_depth != depth:
         raise InputError(f"teacher_depth={history.teacher_depth} of the plan is not the model's, which is {depth}.")
-    for step in history.steps:
-        from_spec(step.operator)
-    surgery.apply_all(model, history.steps)
+    for operator in (from_spec(step.operator) for step in history.steps):
+        operator.check(calibration.layout)
+        if operator.needs_activity and not batches:
+            raise InputError(f"operator {type(operator).__name__} of the plan needs text: give calibration batches.")
+    surgery.apply_all(model, history.steps, partial(measure_activity, model, batches) if batches else None)
 
 
 def collapse(
@@ -72,7 +85,7 @@ def collapse(
 ) -> MergeHistory:
     """`plan`, then `execute`: shortens a model in place and returns what was done."""
     history = plan(model, batches, target_depth=target_depth, planner=planner, operator=operator)
-    execute(model, history)
+    execute(model, history, batches)
     return history
 
 

@@ -38,6 +38,16 @@ class Operator:
     needs_activity: ClassVar[bool] = False
     """Whether `merge` must be given what the members do on text."""
 
+    def check(self, layout: LayerLayout) -> None:
+        """Raises InputError for a family that this operator cannot merge; known before weights are loaded."""
+
+    def source(self, shares: Sequence[float]) -> int:
+        """Which member decides what kind of layer the merged one is (sliding or full attention, rotary or not).
+
+        The one with the largest share, the earliest among equals; operators that keep one member name that one.
+        """
+        return max(range(len(shares)), key=lambda k: (shares[k], -k))
+
     def merge(
         self,
         members: Sequence[LayerTensors],
@@ -67,6 +77,10 @@ class Drop(Operator):
         if self.keep not in ("strongest", "first", "last"):
             raise InputError(f"keep={self.keep!r} of Drop must be strongest, first or last.")
 
+    def source(self, shares: Sequence[float]) -> int:
+        """The member that is kept."""
+        return {"strongest": super().source(shares), "first": 0, "last": len(shares) - 1}[self.keep]
+
     def merge(
         self,
         members: Sequence[LayerTensors],
@@ -75,9 +89,7 @@ class Drop(Operator):
         activity: Sequence[Activity] = (),
     ) -> dict[str, Tensor]:
         """The kept member's tensors."""
-        last = len(members) - 1
-        kept = {"strongest": max(range(len(members)), key=lambda k: (shares[k], -k)), "first": 0, "last": last}
-        return {name: tensor.clone() for name, tensor in members[kept[self.keep]].items()}
+        return {name: tensor.clone() for name, tensor in members[self.source(shares)].items()}
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,10 @@ class ReplaceWithLast(Operator):
     It subtracts from a base that it has already overwritten, so that the sum telescopes; LaCo's published
     thresholds belong to this operator, not to `Rdsc`.
     """
+
+    def source(self, shares: Sequence[float]) -> int:
+        """The last member, whose projections are kept."""
+        return len(shares) - 1
 
     def merge(
         self,
@@ -160,7 +176,7 @@ def spec_of(operator: Operator) -> dict[str, object]:
 
 
 def from_spec(spec: Mapping[str, object]) -> Operator:
-    """The operator that `spec_of` described; a bare class name means one of this module.
+    """The operator that `spec_of` described; a bare class name means one of lcprune's.
 
     A plan is data from outside, so it can name only operators of lcprune or of a module that the program has
     imported by itself.
@@ -170,8 +186,11 @@ def from_spec(spec: Mapping[str, object]) -> Operator:
     """
     class_path, init_args = str(spec.get("class_path")), spec.get("init_args") or {}
     module_name, _, name = class_path.rpartition(".")
-    module = sys.modules.get(__name__ if module_name in ("", "lcprune") else module_name)
-    kind = getattr(module, name, None)
+    if module_name in ("", "lcprune"):
+        ours = {sub.__name__: sub for sub in Operator.__subclasses__() if sub.__module__.startswith("lcprune.")}
+        kind = ours.get(name)
+    else:
+        kind = getattr(sys.modules.get(module_name), name, None)
     if not (isinstance(kind, type) and issubclass(kind, Operator) and kind is not Operator):
         known = ", ".join(sorted(sub.__name__ for sub in Operator.__subclasses__()))
         raise InputError(f"operator class_path={class_path!r} is not an operator; known are {known}.")

@@ -20,7 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
+from lcprune.merging.activity import Measure
 from lcprune.merging.architectures import LayerLayout, layout_of
+from lcprune.merging.concat import Concat  # noqa: F401 - plans may name it
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import from_spec
 
@@ -35,19 +37,34 @@ class Outcome:
     """Parameters of the absorbed layers, no longer in the model."""
 
 
-def apply(model: PreTrainedModel, step: MergeStep) -> Outcome:
+def apply(model: PreTrainedModel, step: MergeStep, measure: Measure | None = None) -> Outcome:
     """Merges the layers of `step.group` into the first of them, in place.
 
+    Args:
+        model: A causal LM of a known family.
+        step: What merges, and how.
+        measure: Gives the activity of layers of the model as it stands; only asked where the operator needs it.
+
     Raises:
-        InputError: If the step does not fit the model's depth or names no operator.
+        InputError: If the step does not fit the model's depth, names no operator or one that does not fit the
+            family, or needs activity that nobody measures.
     """
     layout = layout_of(model.config)
     layers = layout.layers_of(model)
     _check(step, len(layers))
+    operator = from_spec(step.operator)
+    operator.check(layout)
+    if operator.needs_activity and measure is None:
+        raise InputError(
+            f"operator {type(operator).__name__} of group {list(step.group)} chooses by what layers do on text, and "
+            "there is none: give calibration batches."
+        )
     members = [layers[index] for index in step.group]
-    with torch.no_grad():
+    activity = measure(step.group) if operator.needs_activity and measure is not None else ()
+    # Under autocast (a merge during training) an operator's sums would be taken in the run's precision.
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         tensors = [dict(member.named_parameters()) for member in members]
-        merged = from_spec(step.operator).merge(tensors, step.shares, layout)
+        merged = operator.merge(tensors, step.shares, layout, activity)
         for name, parameter in members[0].named_parameters():
             assert merged[name].shape == parameter.shape, f"{step.operator} changed the shape of {name}"
             parameter.data = merged[name]
@@ -56,15 +73,17 @@ def apply(model: PreTrainedModel, step: MergeStep) -> Outcome:
     return Outcome(tuple(members[0].parameters()), removed)
 
 
-def apply_all(model: PreTrainedModel, steps: Iterable[MergeStep]) -> None:
-    """Executes a plan's steps in order."""
+def apply_all(model: PreTrainedModel, steps: Iterable[MergeStep], measure: Measure | None = None) -> None:
+    """Executes a plan's steps in order; `measure` as for `apply`."""
     for step in steps:
-        apply(model, step)
+        apply(model, step, measure)
 
 
 @contextmanager
-def trial(model: PreTrainedModel, *steps: MergeStep) -> Iterator[None]:
+def trial(model: PreTrainedModel, *steps: MergeStep, measure: Measure | None = None) -> Iterator[None]:
     """The model with `steps` applied, inside the block only; restored bit for bit even when the body raises.
+
+    Operators that need activity need `measure`, as for `apply`.
 
     Example:
         >>> with trial(model, step):
@@ -79,7 +98,7 @@ def trial(model: PreTrainedModel, *steps: MergeStep) -> Iterator[None]:
         for step in steps:
             _check(step, len(layers))
             touched += [(parameter, parameter.data) for parameter in layers[step.base].parameters()]
-            apply(model, step)
+            apply(model, step, measure)
         yield
     finally:
         for parameter, data in reversed(touched):
