@@ -18,8 +18,8 @@ from lcprune import demo
 from lcprune.distillation.randomness import RngState
 from lcprune.distillation.teacher import DtypeName
 from lcprune.errors import InputError
-from lcprune.merging.architectures import layout_of
 from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.surgery import mend_config
 
 KEY = "lcprune"
 """Where in a checkpoint the record is."""
@@ -107,7 +107,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     record = Record.of(checkpoint)
     config = demo.read_config(record.history.teacher)
     record.check_fits(record.history.teacher, fingerprint_of(config))
-    layout_of(config).keep_layers(config, [ancestors[0] for ancestors in record.history.lineage])
+    mend_config(config, record.history.steps)
     weights = checkpoint["state_dict"]
     assert isinstance(weights, Mapping)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}

@@ -1,133 +1,158 @@
-"""Where a Hugging Face causal LM keeps its decoder layers, and what must change when some of them go.
+"""Which record belongs to a model: by its `model_type`, else by the names of its modules.
 
-A family is data: one `LayerLayout` per `config.model_type`. The defaults describe the Llama shape, so that a family
-of that shape is one line in `LAYOUTS`; another shape names its own module paths:
+    config --model_type--> a record of `LAYOUTS`
+      |   `--not listed---> a model without weights is built; if its layers hold exactly the modules of a Llama layer,
+      |                     a record is drawn up and the log says so, once
+      v
+    anything else: one InputError that shows the record to add
 
-    LayerLayout("gpt_neox", layers="gpt_neox.layers", final_norm="gpt_neox.final_layer_norm", ...)
-
-What belongs here is only what differs between families and what surgery must know. Legend: paths are dotted module
-names as `nn.Module.get_submodule` takes them; a layer's own names are relative to the layer.
+Layers of different kinds (sliding and full attention, with rotary positions and without) have weights of the same
+names and shapes, but other masks and positions. The rule: **a merged layer is of the kind of the member that
+`Operator.source` names**: the one whose weights are kept, and for mixtures the one with the largest share (the
+earliest among equals). Config entries and module settings come from that member; the Parameters stay the base's.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import copy
+import logging
+from collections.abc import Iterable
 
+import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lcprune.errors import InputError
+from lcprune.merging.families import LAYOUTS, Branch, LayerLayout, Producer
 
+__all__ = ["LAYOUTS", "Branch", "LayerLayout", "Producer", "layout_of"]
 
-@dataclass(frozen=True)
-class Producer:
-    """A projection whose output rows belong to a branch's units."""
-
-    name: str
-    """Module inside the layer, e.g. `self_attn.q_proj`."""
-    blocks: Literal["one", "qkv", "halves"] = "one"
-    """Rows from top to bottom: `one` block of equal slices per unit (query, key and value interleaved too);
-    `qkv`: a block of queries, one of keys, one of values; `halves`: gate above up."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A way from the residual stream through N parallel units and back: attention (KV-head groups) or MLP (channels).
-
-    Unit n owns a slice of rows in every block of every producer and a slice of the consumer's input columns.
-    """
-
-    producers: tuple[Producer, ...]
-    """What reads the (normalised) stream."""
-    consumer: str
-    """The projection that writes into the stream, e.g. `mlp.down_proj`."""
-    norm: str
-    """The normalisation in front of the producers; empty where they read the stream as it is."""
-    norm_after: str = ""
-    """The normalisation between the consumer and the stream, in families that have one."""
-
-
-_ATTENTION = Branch(
-    (Producer("self_attn.q_proj"), Producer("self_attn.k_proj"), Producer("self_attn.v_proj")),
-    consumer="self_attn.o_proj",
-    norm="input_layernorm",
-)
-_MLP = Branch(
-    (Producer("mlp.gate_proj"), Producer("mlp.up_proj")), consumer="mlp.down_proj", norm="post_attention_layernorm"
-)
-
-
-@dataclass(frozen=True)
-class LayerLayout:
-    """The names by which one family's models can be taken apart."""
-
-    model_type: str
-    """`config.model_type` of the family."""
-    layers: str = "model.layers"
-    """Path of the ModuleList of decoder layers, from the causal LM."""
-    final_norm: str = "model.norm"
-    """Path of the normalisation between the last layer and the head, from the causal LM."""
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    """Normalisation modules inside a layer; elementwise operators keep those of the base."""
-    indexed: tuple[str, ...] = ("self_attn",)
-    """Modules inside a layer that keep the layer's number as `layer_idx` (the key-value cache goes by it)."""
-    depth_field: str = "num_hidden_layers"
-    """Config field that holds the number of layers."""
-    per_layer_fields: tuple[str, ...] = ("layer_types",)
-    """Config fields that are lists with one entry per layer, where a config has them."""
-
-    attention: Branch = _ATTENTION
-    """Query, key, value and output projections; the units are KV heads with the query heads that share each."""
-    mlp: Branch | None = _MLP
-    """The MLP's projections; None where it consists of experts."""
-    norm_offset: float = 0.0
-    """Added to a stored norm weight before it multiplies (1 where the family stores the weight minus one)."""
-    transposed: bool = False
-    """Whether projections are stored as [inputs, outputs] (Conv1D) instead of [outputs, inputs]."""
-
-    def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
-        """The decoder layers of a causal LM of this family."""
-        layers = model.get_submodule(self.layers)
-        assert isinstance(layers, nn.ModuleList), f"{self.layers} of {self.model_type} is not a ModuleList"
-        return layers
-
-    def depth_of(self, config: PretrainedConfig) -> int:
-        """Number of decoder layers that a config describes."""
-        return int(getattr(config, self.depth_field))
-
-    def is_norm(self, name: str) -> bool:
-        """Whether a layer's parameter (e.g. `input_layernorm.weight`) belongs to a normalisation."""
-        return name.rpartition(".")[0] in self.norms
-
-    def keep_layers(self, config: PretrainedConfig, kept: list[int]) -> None:
-        """Mends a config in place so that it describes the layers `kept`, numbered as before.
-
-        Every per-layer list is cut along with the depth: a stale one makes transformers 5 refuse to save.
-        """
-        setattr(config, self.depth_field, len(kept))
-        for name in self.per_layer_fields:
-            values = getattr(config, name, None)
-            if values is not None:
-                setattr(config, name, [values[index] for index in kept])
-
-
-_QK_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-
-LAYOUTS: tuple[LayerLayout, ...] = (
-    LayerLayout("llama"),
-    LayerLayout("mistral"),
-    LayerLayout("qwen2"),
-    LayerLayout("qwen3", norms=_QK_NORMS),
-)
-"""Every family that can be merged; add a record to add a family."""
+_LOG = logging.getLogger(__name__)
+_LLAMA = LayerLayout("llama")
 
 
 def layout_of(config: PretrainedConfig) -> LayerLayout:
-    """The record of a config's family; raises InputError for a family that has none."""
-    for layout in LAYOUTS:
-        if layout.model_type == config.model_type:
+    """The record of a config's family, or one drawn up for a family that is shaped like Llama.
+
+    Raises:
+        InputError: For a family that is neither, or for settings of a known one that no record holds for.
+    """
+    records = [layout for layout in LAYOUTS if layout.model_type == config.model_type]
+    for layout in records:
+        if not _unmet(layout, config):
             return layout
-    known = ", ".join(layout.model_type for layout in LAYOUTS)
-    raise InputError(
-        f"model_type={config.model_type!r} is a family lcprune does not know; it knows {known}: "
-        "choose a model of one of these or add a LayerLayout record to lcprune/merging/architectures.py."
+    if records:
+        raise InputError(_unfit(config, records[-1]))
+    # Flags decide which modules a layer has; depth and per-layer lists change with every merge.
+    key = (config.model_type, *sorted(name for name, value in vars(config).items() if value is True))
+    if key not in _RECOGNISED:
+        _RECOGNISED[key] = _recognise(config)
+    return _RECOGNISED[key]
+
+
+_RECOGNISED: dict[tuple[str, ...], LayerLayout] = {}
+
+
+def _unmet(layout: LayerLayout, config: PretrainedConfig) -> list[str]:
+    return [name for name, allowed in layout.only.items() if getattr(config, name, None) not in allowed]
+
+
+def _unfit(config: PretrainedConfig, layout: LayerLayout) -> str:
+    unmet = _unmet(layout, config)
+    given = ", ".join(f"{name}={getattr(config, name, None)!r}" for name in unmet)
+    allowed = ", ".join(f"{name}={' or '.join(map(repr, layout.only[name]))}" for name in unmet)
+    return (
+        f"model_type={config.model_type!r} with {given} cannot be merged, lcprune knows this family only with "
+        f"{allowed}: choose another of its models."
+    )
+
+
+# What the constructors of transformers' models raise for configs of encoders, of other tasks and of missing packages.
+_CANNOT_BE_BUILT = (ValueError, ImportError, RuntimeError, TypeError, AttributeError, KeyError, AssertionError)
+
+
+def _recognise(config: PretrainedConfig) -> LayerLayout:
+    """A record for a family that has none, read off a model without weights."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except _CANNOT_BE_BUILT as error:
+        raise InputError(_unknown(config, "transformers builds no causal LM from its config")) from error
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    path, layers = max(lists, key=lambda named: len(named[1]), default=("", nn.ModuleList()))
+    if difference := _difference_from_llama(model, config, path, layers):
+        raise InputError(_unknown(config, difference, path))
+    _LOG.warning(
+        f"model_type={config.model_type!r} has no record in lcprune; its layers hold the modules of a Llama layer, so "
+        "they are merged like those."
+    )
+    names = dict(layers[0].named_modules())
+    return LayerLayout(
+        config.model_type,
+        norms=tuple(name for name, module in names.items() if _is_norm(module)),
+        indexed=tuple(name for name, module in names.items() if "layer_idx" in vars(module)),
+        per_layer_fields=tuple(
+            name
+            for name, value in vars(config).items()
+            if isinstance(value, list) and len(value) == len(layers) and not name.endswith("token_id")
+        ),
+        norm_offset=_norm_offset(layers[0].get_submodule("input_layernorm")),
+    )
+
+
+def _difference_from_llama(model: PreTrainedModel, config: PretrainedConfig, path: str, layers: nn.ModuleList) -> str:
+    """What keeps a model from being merged like a Llama, in a few words; empty if nothing does."""
+    if path != _LLAMA.layers:
+        return f"its layers are at {path or 'no single place'}, not at {_LLAMA.layers}"
+    if getattr(config, _LLAMA.depth_field, None) != len(layers):
+        return f"its config has no {_LLAMA.depth_field} of {len(layers)}"
+    if not _is_norm(dict(model.named_modules()).get(_LLAMA.final_norm, nn.Identity())):
+        return f"it has no {_LLAMA.final_norm}"
+    assert _LLAMA.mlp is not None
+    branches = (_LLAMA.attention, _LLAMA.mlp)
+    expected = {*_LLAMA.norms, *(module for b in branches for module in (b.consumer, *(p.name for p in b.producers)))}
+    for layer in layers:
+        found = {
+            name
+            for name, module in layer.named_modules()
+            if _is_norm(module) or next(module.parameters(recurse=False), None) is not None
+        }
+        inner = {name for name in found if name.startswith("self_attn.") and _is_norm(layer.get_submodule(name))}
+        if missing := expected - found:
+            return f"its layers have no {_listed(missing)}"
+        if surplus := found - expected - inner:
+            return f"its layers have weights of their own in {_listed(surplus)}"
+        if _shapes(layer) != _shapes(layers[0]):
+            return "its layers differ in shape"
+    return ""
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in layer.named_parameters()}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(name or "the layer itself" for name in names))
+
+
+def _norm_offset(norm: nn.Module) -> float:
+    """1 if the module multiplies by its weight plus one, found by running it with a weight of zero."""
+    if not list(norm.parameters()):
+        return 0.0
+    probe = copy.deepcopy(norm).to_empty(device="cpu").float()
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.zero_()
+        return float(probe(torch.tensor([1.0, -1.0]).repeat(parameter.numel() // 2)).any())
+
+
+def _unknown(config: PretrainedConfig, difference: str, path: str = "...") -> str:
+    known = ", ".join(dict.fromkeys(layout.model_type for layout in LAYOUTS))
+    return (
+        f"model_type={config.model_type!r} is a family lcprune does not know and that is not shaped like Llama "
+        f"({difference}); it knows {known}: choose a model of one of these, or add one record to LAYOUTS in "
+        f"lcprune/merging/families.py, LayerLayout({config.model_type!r}, layers={path!r}, ...) with the names that "
+        "differ from Llama's."
     )

@@ -9,6 +9,7 @@ with hooks, because the last of Hugging Face's `hidden_states` is taken after th
 `T` tokens, `N` unmasked tokens of a batch, `D` hidden, `V` vocabulary, `L` layers.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,6 +99,18 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return state
 
 
+def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """What the model's own head makes of last states [..., D], with its family's bias, scaling and soft-capping."""
+    values: Tensor = model.get_output_embeddings()(states)
+    if (factor := getattr(model.config, "logit_scale", None)) is not None:  # cohere
+        values = values * factor
+    if (divisor := getattr(model.config, "logits_scaling", None)) is not None:  # granite
+        values = values / divisor
+    if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:  # gemma2
+        values = torch.tanh(values / cap) * cap
+    return values
+
+
 @torch.no_grad()
 def token_loss(model: PreTrainedModel, state_BTD: Tensor, batch: Batch) -> tuple[float, int]:
     """Sum of next-token cross-entropies in nats, and over how many tokens, from the last state.
@@ -109,10 +122,9 @@ def token_loss(model: PreTrainedModel, state_BTD: Tensor, batch: Batch) -> tuple
     states_ND = state_BTD[:, :-1].reshape(-1, state_BTD.shape[-1])
     keep = targets != -100
     states_ND, targets = states_ND[keep], targets[keep]
-    head = model.get_output_embeddings()
     total = 0.0
     for states, labels in zip(states_ND.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
-        total += cross_entropy(head(states).float(), labels, reduction="sum").item()
+        total += cross_entropy(logits(model, states).float(), labels, reduction="sum").item()
     return total, len(targets)
 
 
@@ -185,23 +197,28 @@ class PrefixCache:
         self._model, self._layout = model, layout_of(model.config)
         self._batches = batches
         self._states: list[list[Tensor]] = []
-        # Masks and rotary embeddings differ between layer types, so each layer's own arguments are kept. They are
-        # found by the module, not by its number: numbers move when layers go, modules do not.
-        self._arguments: list[dict[nn.Module, Mapping[str, object]]] = []
+        # Masks and rotary embeddings differ between kinds of layers; a layer's number, and even the kind of a module,
+        # may change when others are merged into it.
+        self._arguments: list[dict[tuple[object, ...], Mapping[str, object]]] = []
         self._record(highest)
 
     def _record(self, highest: int) -> None:
         layers = self._layout.layers_of(self._model)
 
-        def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
-            kept = dict(kwargs)
-            state = args[0] if args else kept.pop("hidden_states")
-            assert isinstance(state, Tensor)
-            self._arguments[-1][module] = kept
-            if len(self._states[-1]) <= highest:
-                self._states[-1].append(state)
+        def before(index: int) -> Callable[..., None]:
+            kind = self._layout.kind_of(self._model.config, index)
 
-        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+            def keep(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+                named = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+                state = named.pop("hidden_states")
+                assert isinstance(state, Tensor)
+                self._arguments[-1][kind] = named
+                if len(self._states[-1]) <= highest:
+                    self._states[-1].append(state)
+
+            return keep
+
+        handles = [layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(layers)]
         try:
             with evaluating(self._model):
                 for batch in self._batches:
@@ -230,8 +247,9 @@ class PrefixCache:
         for states, arguments in zip(self._states, self._arguments, strict=True):
             with evaluating(self._model):
                 state = states[start if entry is None else entry]
-                for layer in layers[start:]:
-                    state = stream_of(layer(state, **arguments[layer]))
+                for index in range(start, len(layers)):
+                    kind = self._layout.kind_of(self._model.config, index)
+                    state = stream_of(layers[index](state, **arguments[kind]))
                 state = norm(state)
             yield state
 

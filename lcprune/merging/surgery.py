@@ -7,7 +7,8 @@
 Everything happens in place on the base layer: optimizers, DDP hooks and the output-capture hooks that transformers
 installs once per model hold on to that module and to its Parameters. The base's `.data` gets new storage, so that a
 teacher which shares tensors with the student is never written to, and so that undoing a trial is a matter of putting
-the old tensors back. Nothing copies a model: a merge needs room for one layer.
+the old tensors back. Where members are of different kinds (sliding and full attention), the base takes over the
+settings of the member that `Operator.source` names. Nothing copies a model: a merge needs room for one layer.
 """
 
 import copy
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging.activity import Measure
@@ -51,7 +52,7 @@ def apply(model: PreTrainedModel, step: MergeStep, measure: Measure | None = Non
     """
     layout = layout_of(model.config)
     layers = layout.layers_of(model)
-    _check(step, len(layers))
+    _check(step, layers)
     operator = from_spec(step.operator)
     operator.check(layout)
     if operator.needs_activity and measure is None:
@@ -94,15 +95,19 @@ def trial(model: PreTrainedModel, *steps: MergeStep, measure: Measure | None = N
     modules = list(layers)
     lists = {name: copy.copy(getattr(model.config, name, None)) for name in layout.per_layer_fields}
     touched: list[tuple[nn.Parameter, torch.Tensor]] = []
+    settings: list[tuple[nn.Module, dict[str, object]]] = []
     try:
         for step in steps:
-            _check(step, len(layers))
+            _check(step, layers)
             touched += [(parameter, parameter.data) for parameter in layers[step.base].parameters()]
+            settings += [(module, _settings(module)) for module in layers[step.base].modules()]
             apply(model, step, measure)
         yield
     finally:
         for parameter, data in reversed(touched):
             parameter.data = data
+        for module, plain in reversed(settings):
+            vars(module).update(plain)
         del layers[:]
         layers.extend(modules)
         setattr(model.config, layout.depth_field, len(modules))
@@ -129,19 +134,53 @@ def replay(model: PreTrainedModel, history: MergeHistory) -> None:
         _remove(model, layout, step)
 
 
-def _check(step: MergeStep, depth: int) -> None:
+def mend_config(config: PretrainedConfig, steps: Iterable[MergeStep]) -> None:
+    """Makes an unmerged model's config describe the model that `steps` lead to, in place."""
+    layout = layout_of(config)
+    for step in steps:
+        layout.keep_layers(config, _kept(config, layout, step))
+
+
+def _check(step: MergeStep, layers: nn.ModuleList) -> None:
+    depth = len(layers)
     if step.group[-1] >= depth:
         raise InputError(f"group={list(step.group)} does not fit a model of {depth} layers (0 to {depth - 1}).")
+    shapes = [{name: theta.shape for name, theta in layers[index].named_parameters()} for index in step.group]
+    if any(member != shapes[0] for member in shapes):
+        raise InputError(
+            f"group={list(step.group)} holds layers whose weights differ in name or shape (such as dense ones and ones "
+            "of experts), which cannot become one layer: choose groups of layers that are built alike."
+        )
+
+
+def _kept(config: PretrainedConfig, layout: LayerLayout, step: MergeStep) -> list[int]:
+    """For every layer after the merge the number of the layer, before it, whose kind it is of."""
+    chosen = step.base
+    if len({layout.kind_of(config, index) for index in step.group}) > 1:
+        chosen = step.group[from_spec(step.operator).source(step.shares)]
+    return [*range(step.base), chosen, *range(step.group[-1] + 1, layout.depth_of(config))]
 
 
 def _remove(model: PreTrainedModel, layout: LayerLayout, step: MergeStep) -> None:
     """Takes the absorbed layers out of the model, its config and the layers' own numbering."""
     layers = layout.layers_of(model)
-    absorbed = set(step.group[1:])
-    kept = [index for index in range(len(layers)) if index not in absorbed]
+    kept = _kept(model.config, layout, step)
+    if kept[step.base] != step.base:
+        for module, chosen in zip(layers[step.base].modules(), layers[kept[step.base]].modules(), strict=True):
+            vars(module).update(_settings(chosen))
     layout.keep_layers(model.config, kept)
     del layers[step.group[1] : step.group[-1] + 1]
     _renumber(layers, layout)
+
+
+def _settings(module: nn.Module) -> dict[str, object]:
+    """The plain values that a module computes with: `sliding_window`, `layer_type`, `use_rope` and the like."""
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and name != "training" and not name.startswith("_")
+    }
 
 
 def _renumber(layers: nn.ModuleList, layout: LayerLayout) -> None:

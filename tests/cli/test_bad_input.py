@@ -185,13 +185,14 @@ def test_plan_of_another_model_is_refused(tiny_folder: Path, tmp_path: Path, cap
 
 
 def test_unknown_family_is_one_sentence_that_names_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-    model = save_tiny(tmp_path / "gpt2", GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=2)))
-    config = write(tmp_path, recipe(model, text_file(tmp_path), tmp_path / "run"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    folder = save_tiny(tmp_path / "unknown", Starcoder2ForCausalLM(Starcoder2Config(vocab_size=97, **sizes)))
+    config = write(tmp_path, recipe(folder, text_file(tmp_path), tmp_path / "run"))
     assert main(["fit", "--config", str(config)]) == 2
     sentence = _sentence(capsys)
-    assert "'gpt2'" in sentence
+    assert "'starcoder2'" in sentence
     assert "llama" in sentence
     assert "LayerLayout" in sentence
 
