@@ -23,6 +23,8 @@ _HOMES = {
         "TrialPerplexity",
     ),
     "lcprune.merging.planners": ("ContiguousBlock", "FixedPlan", "OneShotRanking", "Planner", "ThresholdPlanner"),
+    "lcprune.merging.refit": ("MagnitudeCompensation", "Refit", "RidgeRefit"),
+    "lcprune.merging.search": ("RefitSearch",),
     "lcprune.merging.collapse": ("collapse", "execute", "plan"),
     "lcprune.distillation.schedules": ("AtSteps", "Evenly", "EveryNSteps", "Schedule"),
     "lcprune.distillation.objectives": ("Boundary", "Labels", "Level", "Logits"),

@@ -55,6 +55,8 @@ def _collapse(arguments: list[str]) -> None:
         collapse.check_target_depth(target, depth)
         callback.planner.check(depth, target)
         callback.operator.check(layout_of(cli.model.teacher_config))
+        if callback.refit is not None:
+            callback.refit.check(layout_of(cli.model.teacher_config))
     model = options.load_model(own, cli)
     if given is None:
         given = collapse.plan(
@@ -63,6 +65,7 @@ def _collapse(arguments: list[str]) -> None:
             target_depth=target,
             planner=callback.planner,
             operator=callback.operator,
+            refit=callback.refit,
         )
     history = replace(given, teacher=name)
     tables.plan(history)
@@ -71,7 +74,7 @@ def _collapse(arguments: list[str]) -> None:
         write_text(path, history.to_json())
         print(f"{path}: edit it and run `lcprune collapse ... --plan {path} --out FOLDER`")
         return
-    needs_text = any(from_spec(step.operator).needs_activity for step in history.steps)
+    needs_text = any(step.refit is not None or from_spec(step.operator).needs_activity for step in history.steps)
     collapse.execute(model, history, cli.datamodule.calibration_batches() if needs_text else ())
     cast(model, stored_dtype(cli.model.teacher_config))
     tokenizer = demo.load_tokenizer(cli.model.teacher_name)

@@ -35,6 +35,7 @@ from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine  # noqa: F401 - short names in recipes are those imported here
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
+from lcprune.merging.search import RefitSearch  # noqa: F401
 
 KEYWORDS = ("last", "best", "hpc", "registry")
 """What Lightning takes for a `ckpt_path` beside a path."""

@@ -31,10 +31,13 @@ from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.collapse import with_refit
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, from_spec
 from lcprune.merging.planners import OneShotRanking, Planner
+from lcprune.merging.refit import Refit, repair
 from lcprune.merging.remeasure import measure_activity
+from lcprune.merging.streams import Stream, regrouped
 
 REFUSED = {
     "BatchSizeFinder",
@@ -61,14 +64,21 @@ class ProgressiveCollapse(Callback):
         schedule: At which optimizer steps the student gets down to which depth; null = no merges.
         planner: Which layers merge; default: OneShotRanking by BlockInfluence.
         operator: What becomes of their weights; default: Drop.
+        refit: How the merged student is repaired before training goes on; null = not at all.
     """
 
     def __init__(
-        self, schedule: Schedule | None = None, *, planner: Planner | None = None, operator: Operator | None = None
+        self,
+        schedule: Schedule | None = None,
+        *,
+        planner: Planner | None = None,
+        operator: Operator | None = None,
+        refit: Refit | None = None,
     ) -> None:
         self.schedule = schedule
         self.planner = planner if planner is not None else OneShotRanking()
         self.operator = operator if operator is not None else Drop()
+        self.refit = refit
         self._step_before = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -95,6 +105,8 @@ class ProgressiveCollapse(Callback):
         for _, target in self.schedule.milestones(depth):
             self.planner.check(depth, target)
         self.operator.check(layout_of(module.teacher_config))
+        if self.refit is not None:
+            self.refit.check(layout_of(module.teacher_config))
         if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
             raise InputError(
                 f"trainer.strategy={type(trainer.strategy).__name__} cannot merge layers during training: "
@@ -181,7 +193,7 @@ class ProgressiveCollapse(Callback):
             module.student, source.calibration_batches(), original=module.teacher.model, history=module.history
         )
         with _planning(trainer):
-            steps = self.planner.plan(calibration, self.operator, target)
+            steps = with_refit(self.planner.plan(calibration, self.operator, target), self.refit)
         return tuple(replace(step, global_step=trainer.global_step) for step in steps)
 
 
@@ -193,6 +205,7 @@ def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeSte
         with _planning(trainer):
             return measure_activity(module.student, batches, wanted)
 
+    before = module.history
     for step in steps:
         outcome = surgery.apply(module.student, step, activity)
         if batches:
@@ -200,6 +213,8 @@ def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeSte
         for optimizer in trainer.optimizers:
             optim.carry_over(optimizer, outcome)
         module.history = module.history.append(step)
+    if batches and steps[-1].refit is not None:
+        _repair(trainer, module, batches, before)
     optim.forget_gradients(list(module.student.parameters()))
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, optim.RewarmingCosine):
@@ -211,7 +226,16 @@ def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeSte
 
 
 def _needs_text(steps: Sequence[MergeStep]) -> bool:
-    return any(from_spec(step.operator).needs_activity for step in steps)
+    return any(step.refit is not None or from_spec(step.operator).needs_activity for step in steps)
+
+
+def _repair(trainer: Trainer, module: DistillationModule, batches: Sequence[Batch], before: MergeHistory) -> None:
+    """Refits the merged student to the teacher; the optimizer's state of layers that did not merge stays."""
+    assert module.teacher is not None
+    text = regrouped(batches)
+    with _planning(trainer):
+        repair(Stream(module.student, text), Stream(module.teacher.model, text), module.history, before)
+    _share(module.student.parameters())
 
 
 def _share(merged: Iterable[torch.nn.Parameter]) -> None:

@@ -5,7 +5,6 @@ to itself, and is moved by hand. The student is built around the teacher's own t
 parameter is not trained nor merged there is one copy of it in memory; surgery gives a merged parameter its own.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -19,6 +18,7 @@ from lcprune import demo
 from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, hidden_states, layer_outputs
+from lcprune.merging.surgery import second_view as second_view
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 """Names of the floating-point types that weights can be held in."""
@@ -80,18 +80,6 @@ def load(name: str, dtype: DtypeName, device: torch.device | str = "cpu") -> Pre
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"The weights of model.teacher={name!r} cannot be loaded ({reason})") from error
-
-
-def second_view(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of its own structure and its own Parameters whose tensors are the given model's.
-
-    Modules, config and buffers are copied, parameters' storage is shared. Before a shared parameter is written to in
-    place, `own` must give it storage of its own.
-    """
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    view = copy.deepcopy(model, dict(shared))
-    assert isinstance(view, PreTrainedModel)
-    return view
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:

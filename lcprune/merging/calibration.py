@@ -234,6 +234,22 @@ class PrefixCache:
         for states in self._states:
             del states[index:]
 
+    def refresh(self, start: int) -> None:
+        """Keeps the stream behind layer `start` anew, after a merge there; the streams before it still hold."""
+        layers = self._layout.layers_of(self._model)
+        kinds = [self._layout.kind_of(self._model.config, index) for index in range(len(layers))]
+        for states, arguments in zip(self._states, self._arguments, strict=True):
+            del states[start + 1 :]
+            with evaluating(self._model):
+                for index in range(start, len(layers) - 1):
+                    states.append(stream_of(layers[index](states[index], **arguments[kinds[index]])))
+
+    def before(self, index: int) -> Iterator[tuple[Tensor, Mapping[str, object]]]:
+        """The stream [B, T, D] before layer `index` and what else that layer is called with, batch by batch."""
+        kind = self._layout.kind_of(self._model.config, index)
+        for states, arguments in zip(self._states, self._arguments, strict=True):
+            yield states[index], arguments[kind]
+
     def run(self, start: int, entry: int | None = None) -> Iterator[Tensor]:
         """The last state [B, T, D] after the final norm, batch by batch, from layer `start` of the model as it is.
 
@@ -267,6 +283,7 @@ class Calibration:
     history: MergeHistory | None = None
     """How `model` came from the original; None = not merged yet."""
     _stats: dict[tuple[int, ...], LayerStats] = field(default_factory=dict, repr=False)
+    _scores: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.batches:
@@ -287,11 +304,22 @@ class Calibration:
         """Teacher layers of every layer the model has now."""
         return self.history.lineage if self.history is not None else MergeHistory(self.depth).lineage
 
+    def layer_tensors(self, index: int) -> Mapping[str, Tensor]:
+        """The parameters of one layer of the model as it is, by their names inside the layer; not to be changed."""
+        layer = self.layout.layers_of(self.model)[index]
+        return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
     def stats(self, *spans: int) -> LayerStats:
         """`collect` for these spans, once."""
         if spans not in self._stats:
             self._stats[spans] = collect(self.model, self.batches, spans)
         return self._stats[spans]
+
+    def scores(self, name: str, score: Callable[["Calibration"], tuple[float, ...]]) -> tuple[float, ...]:
+        """`score(self)`, once for each name: planning to several depths judges the layers only once."""
+        if name not in self._scores:
+            self._scores[name] = score(self)
+        return self._scores[name]
 
     @cached_property
     def reference(self) -> tuple[Tensor, ...]:

@@ -6,17 +6,21 @@ execute(model, history, batches)                             # ... until now, pe
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
+from lcprune.merging import refit as refits
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Batch, Calibration
-from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, from_spec
 from lcprune.merging.planners import OneShotRanking, Planner
+from lcprune.merging.refit import Refit
 from lcprune.merging.remeasure import measure_activity
+from lcprune.merging.streams import FadingStream, Stream, regrouped
 
 
 def plan(
@@ -26,6 +30,7 @@ def plan(
     target_depth: int,
     planner: Planner | None = None,
     operator: Operator | None = None,
+    refit: Refit | None = None,
 ) -> MergeHistory:
     """Plans how to shorten a model; leaves it as it is.
 
@@ -35,6 +40,7 @@ def plan(
         target_depth: Number of layers wanted; a planner with a threshold of its own may stop before.
         planner: Which layers merge; default OneShotRanking by BlockInfluence.
         operator: What becomes of their weights; default Drop.
+        refit: How the merged model is repaired; default not at all.
 
     Returns:
         The history that executing the plan will leave behind.
@@ -48,7 +54,9 @@ def plan(
     check_target_depth(target_depth, calibration.depth)
     planner.check(calibration.depth, target_depth)
     operator.check(calibration.layout)
-    steps = planner.plan(calibration, operator, target_depth)
+    if refit is not None:
+        refit.check(calibration.layout)
+    steps = with_refit(planner.plan(calibration, operator, target_depth), refit)
     return MergeHistory(calibration.depth, steps, teacher=model.config.name_or_path or "")
 
 
@@ -58,7 +66,7 @@ def execute(model: PreTrainedModel, history: MergeHistory, batches: Sequence[Bat
     Args:
         model: A causal LM of a known family.
         history: The plan.
-        batches: Calibration batches; only operators that look at what layers do on text (`Concat`) need them.
+        batches: Calibration batches; refits and operators that look at what layers do on text (`Concat`) need them.
 
     Raises:
         InputError: If the plan is for a model of another depth, or names an operator that does not exist, does not
@@ -72,7 +80,23 @@ def execute(model: PreTrainedModel, history: MergeHistory, batches: Sequence[Bat
         operator.check(calibration.layout)
         if operator.needs_activity and not batches:
             raise InputError(f"operator {type(operator).__name__} of the plan needs text: give calibration batches.")
-    surgery.apply_all(model, history.steps, partial(measure_activity, model, batches) if batches else None)
+    repairs = [number for number, step in enumerate(history.steps) if step.refit is not None]
+    for number in repairs:
+        refits.from_spec(history.steps[number].refit or {}).check(calibration.layout)
+        if not batches:
+            raise InputError("The plan refits the merged model, which needs text: give calibration batches.")
+    teacher = surgery.second_view(model) if repairs else None
+    measure = partial(measure_activity, model, batches) if batches else None
+    done = repaired = MergeHistory(depth)
+    for number, step in enumerate(history.steps):
+        surgery.apply(model, step, measure)
+        done = done.append(step)
+        if teacher is not None and step.refit is not None:
+            # After the last refit nobody needs the original any more: its layers may go as they are passed.
+            kind = FadingStream if number == repairs[-1] else Stream
+            text = regrouped(batches)
+            refits.repair(Stream(model, text), kind(teacher, text), done, repaired)
+            repaired = done
 
 
 def collapse(
@@ -82,11 +106,19 @@ def collapse(
     target_depth: int,
     planner: Planner | None = None,
     operator: Operator | None = None,
+    refit: Refit | None = None,
 ) -> MergeHistory:
     """`plan`, then `execute`: shortens a model in place and returns what was done."""
-    history = plan(model, batches, target_depth=target_depth, planner=planner, operator=operator)
+    history = plan(model, batches, target_depth=target_depth, planner=planner, operator=operator, refit=refit)
     execute(model, history, batches)
     return history
+
+
+def with_refit(steps: Sequence[MergeStep], refit: Refit | None) -> tuple[MergeStep, ...]:
+    """The steps, the last of them followed by a refit."""
+    if refit is None or not steps:
+        return tuple(steps)
+    return (*steps[:-1], replace(steps[-1], refit=refits.spec_of(refit)))
 
 
 def check_target_depth(target: int, depth: int) -> None:

@@ -46,6 +46,8 @@ class MergeStep:
     """Optimizer step after which the merge happened; None outside training."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """Figures taken right after the merge, by metric name."""
+    refit: Mapping[str, object] | None = None
+    """The refit that follows this step, as `{"class_path": ..., "init_args": {...}}`; None = none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", tuple(self.group))
@@ -63,6 +65,8 @@ class MergeStep:
             )
         if not isinstance(self.operator.get("class_path"), str):
             raise InputError(f"operator={dict(self.operator)} of group {list(self.group)} lacks its class_path.")
+        if self.refit is not None and not isinstance(self.refit.get("class_path"), str):
+            raise InputError(f"refit={dict(self.refit)} of group {list(self.group)} lacks its class_path.")
 
     @property
     def base(self) -> int:
@@ -191,7 +195,7 @@ def _parse_step(index: int, data: object) -> MergeStep:
         raise InputError(f"steps[{index}] has the unknown key {wrong[0]!r}; known are {', '.join(sorted(known))}.")
     group, shares = data.get("group"), data.get("shares")
     operator, scores, measured = data.get("operator"), data.get("scores", {}), data.get("measured", {})
-    global_step = data.get("global_step")
+    global_step, refit = data.get("global_step"), data.get("refit")
     if not _is_list_of(group, int):
         raise InputError(f"steps[{index}].group={group!r} must be a list of layer numbers.")
     if shares is None and isinstance(group, list | tuple) and group:
@@ -203,9 +207,11 @@ def _parse_step(index: int, data: object) -> MergeStep:
             raise InputError(f"steps[{index}].{name}={value!r} must be an object.")
         if name != "operator" and not _is_list_of(list(value.values()), int | float):
             raise InputError(f"steps[{index}].{name}={dict(value)} must hold numbers by name.")
+    if refit is not None and not isinstance(refit, Mapping):
+        raise InputError(f"steps[{index}].refit={refit!r} must be an object or null.")
     if not _is_list_of([0 if global_step is None else global_step], int):
         raise InputError(f"steps[{index}].global_step={global_step!r} must be a whole number or null.")
-    return MergeStep(tuple(group), operator, tuple(shares), scores, global_step, measured)  # type: ignore[arg-type]
+    return MergeStep(tuple(group), operator, tuple(shares), scores, global_step, measured, refit)  # type: ignore[arg-type]
 
 
 def _is_list_of(value: object, kind: type | UnionType) -> bool:

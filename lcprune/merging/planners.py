@@ -10,8 +10,8 @@ merges out on the model and always gives it back bit for bit. A layer that "goes
 it, so that the lineage says which teacher state the survivor has to reach; with `Drop` the survivor's weights stay.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isfinite
@@ -41,6 +41,24 @@ class Planner:
             target: Number of layers wanted.
         """
         raise NotImplementedError
+
+
+class StepwisePlanner(Planner):
+    """Finds one merge after the other, each on the model as the merges before it have left it."""
+
+    def steps(self, calibration: Calibration, operator: Operator, target: int) -> Generator[MergeStep, None, None]:
+        """The steps as they are found, arguments as for `plan`.
+
+        Whenever it has handed out a step, the model has all steps so far, for whoever wants to measure it; the model
+        is as it was once the generator is exhausted or closed.
+        """
+        raise NotImplementedError
+
+    def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
+        """All steps down to the target."""
+        with closing(self.steps(calibration, operator, target)) as found:
+            steps = list(found)
+        return with_weight_cosines(calibration, steps)
 
 
 @dataclass(frozen=True)
@@ -89,22 +107,43 @@ class OneShotRanking(Planner):
 
     criterion: Criterion = BlockInfluence()  # noqa: RUF009 - frozen
     """What scores the layers; shares within a group are in proportion to it, so that `Drop` keeps the survivor."""
+    spare_first: int = 0
+    """So many layers next to the embeddings stay, whatever their scores."""
+    spare_last: int = 0
+    """So many layers next to the head stay, whatever their scores."""
+
+    def __post_init__(self) -> None:
+        if self.spare_first < 0 or self.spare_last < 0:
+            raise InputError(
+                f"OneShotRanking: spare_first={self.spare_first} and spare_last={self.spare_last} must be 0 or more."
+            )
+
+    def check(self, depth: int, target: int) -> None:
+        """The layers that are spared leave enough others."""
+        spared = self.spare_first + self.spare_last
+        if target < min(spared, depth):
+            raise InputError(
+                f"OneShotRanking: spare_first={self.spare_first} and spare_last={self.spare_last} keep "
+                f"{min(spared, depth)} of {depth} layers, target_depth={target} asks for fewer: spare fewer layers or "
+                "raise target_depth."
+            )
 
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """One step per run of going layers with the layer before it (after it, when layer 0 goes)."""
-        scores = self.criterion.score(calibration)
+        scores = calibration.scores(repr(self.criterion), self.criterion.score)
         if len(scores) != calibration.depth:
             raise InputError(
                 f"criterion={self.criterion} scores spans of layers, not layers: OneShotRanking takes one that gives "
                 "every layer a score, AngularDistance with span=1; for a span use ContiguousBlock."
             )
-        ranking = sorted(range(calibration.depth), key=lambda layer: (scores[layer], layer))
+        free = range(self.spare_first, calibration.depth - self.spare_last)
+        ranking = sorted(free, key=lambda layer: (scores[layer], layer))
         going = set(ranking[: max(0, calibration.depth - target)])
         name = type(self.criterion).__name__
         steps = []
         for group in reversed(_groups(going, calibration.depth)):
             staying = next((place for place, layer in enumerate(group) if layer not in going), 0)
-            shares = _proportional([scores[layer] for layer in group], staying)
+            shares = proportional([scores[layer] for layer in group], staying)
             worst = {name: max(scores[layer] for layer in group if layer in going)}
             steps.append(new_step(group, operator, shares, worst))
         return with_weight_cosines(calibration, steps)
@@ -225,11 +264,15 @@ def uniform(group: Sequence[object]) -> list[float]:
     return [1 / len(group)] * len(group)
 
 
-def _proportional(scores: Sequence[float], staying: int) -> list[float]:
-    """Shares in proportion to the scores; all of it to the staying member where that would not make it the first."""
+def proportional(scores: Sequence[float], staying: int) -> list[float]:
+    """Shares in proportion to the scores; all of it to the staying member where that would not make it the first.
+
+    A layer that is spared stays although others score higher.
+    """
     total = sum(scores)
     others = max(score for place, score in enumerate(scores) if place != staying)
-    if min(scores) < 0 or not isfinite(total) or (staying > 0 and others >= scores[staying]) or total == 0:
+    beaten = others > scores[staying] or (staying > 0 and others == scores[staying])
+    if min(scores) < 0 or not isfinite(total) or beaten or total == 0:
         return [float(place == staying) for place in range(len(scores))]
     return [score / total for score in scores]
 

@@ -134,6 +134,18 @@ def replay(model: PreTrainedModel, history: MergeHistory) -> None:
         _remove(model, layout, step)
 
 
+def second_view(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own structure and its own Parameters whose tensors are the given model's.
+
+    Modules, config and buffers are copied, parameters' storage is shared. Before a shared parameter is written to in
+    place, it must be given storage of its own.
+    """
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    view = copy.deepcopy(model, dict(shared))
+    assert isinstance(view, PreTrainedModel)
+    return view
+
+
 def mend_config(config: PretrainedConfig, steps: Iterable[MergeStep]) -> None:
     """Makes an unmerged model's config describe the model that `steps` lead to, in place."""
     layout = layout_of(config)

@@ -1,0 +1,84 @@
+"""Weighted ridge regression of what a projection lacks on what it is fed, from sums that are gathered batch by batch.
+
+    minimise over X   sum_n w_n |e_n - X^T z_n|^2 + lambda |X|^2        X = (Z W Z^T + lambda I)^-1 Z W E^T
+
+Legend: `N` tokens, `I` inputs, `D` outputs. Everything is summed and solved in float64.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sums:
+    """What the regression needs to know of the tokens seen so far."""
+
+    gram_II: Tensor
+    """sum of w z z^T."""
+    cross_ID: Tensor
+    """sum of w z e^T."""
+    energy: float
+    """sum of w |e|^2: the error as it stands."""
+
+    @classmethod
+    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> "Sums":
+        """No tokens seen."""
+        return cls(
+            torch.zeros(inputs, inputs, dtype=torch.float64, device=device),
+            torch.zeros(inputs, outputs, dtype=torch.float64, device=device),
+            0.0,
+        )
+
+    def add(self, z_NI: Tensor, e_ND: Tensor, w_N: Tensor) -> None:
+        """Sees more tokens: inputs, what is lacking, weights."""
+        z_NI, e_ND, w_N = z_NI.double(), e_ND.double(), w_N.double()
+        weighted_IN = (z_NI * w_N[:, None]).T
+        self.gram_II += weighted_IN @ z_NI
+        self.cross_ID += weighted_IN @ e_ND
+        self.energy += float((w_N[:, None] * e_ND.square()).sum())
+
+    def __add__(self, other: "Sums") -> "Sums":
+        """Both sets of tokens."""
+        return Sums(self.gram_II + other.gram_II, self.cross_ID + other.cross_ID, self.energy + other.energy)
+
+    def error(self, x_ID: Tensor) -> float:
+        """Sum of w |e - X^T z|^2."""
+        return self.energy + float((x_ID * (self.gram_II @ x_ID - 2 * self.cross_ID)).sum())
+
+    def solve(self, strength: float) -> Tensor:
+        """The minimiser X [I, D] for lambda = strength * mean(diag(Z W Z^T)); zero where nothing is to be explained."""
+        scale = float(self.gram_II.diagonal().mean())
+        if scale == 0 or self.energy == 0:
+            return torch.zeros_like(self.cross_ID)
+        ridge = strength * scale * torch.eye(len(self.gram_II), dtype=torch.float64, device=self.gram_II.device)
+        factor, failed = torch.linalg.cholesky_ex(self.gram_II + ridge)
+        if int(failed):  # numerically singular: a strength near zero on few tokens
+            return torch.linalg.lstsq(self.gram_II + ridge, self.cross_ID).solution
+        return torch.cholesky_solve(self.cross_ID, factor)
+
+
+def best_strength(fitted: Sums, held_out: Sums, strengths: Sequence[float]) -> float:
+    """The strength whose solution on `fitted` leaves the least error on `held_out`; the largest among equals."""
+    errors = {strength: held_out.error(fitted.solve(strength)) for strength in strengths}
+    return min(sorted(strengths, reverse=True), key=errors.__getitem__)
+
+
+def token_weights(target_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Weight [B, T] of every token: min(1, median |h|^2 / |h|^2), 0 where masked.
+
+    A few tokens (the first of a sequence above all) carry activations hundreds of times the usual (2402.17762); in a
+    sum of squares they would be all that counts.
+    """
+    energy_BT = target_BTD.float().square().sum(-1)
+    counted = energy_BT if mask_BT is None else energy_BT[mask_BT]
+    weights_BT = (counted.median() / energy_BT.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1)
+    return weights_BT if mask_BT is None else weights_BT * mask_BT
+
+
+def held_out_sequences(count: int, fraction: float) -> set[int]:
+    """Which of `count` sequences choose the strength: at least one and not all, evenly spread."""
+    chosen = min(max(1, round(count * fraction)), count - 1)
+    return {int((place + 0.5) * count / chosen) for place in range(chosen)}

@@ -1,0 +1,196 @@
+"""Refits repair what a merge broke, change nothing where nothing is broken, and never make it worse."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lcprune.errors import InputError
+from lcprune.merging import surgery
+from lcprune.merging.calibration import Batch
+from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
+from lcprune.merging.operators import Drop, Operator, WeightedAverage, spec_of
+from lcprune.merging.refit import MagnitudeCompensation, Refit, RidgeRefit
+from lcprune.merging.streams import Stream
+from tests.builders import FAMILIES, Family, tiny_llama, token_batches
+from tests.merging.planning import assert_same, layers_of, weights_of
+
+BATCHES: list[Batch] = [{"input_ids": ids} for ids in token_batches(4, 4, 48)]
+WEAK = RidgeRefit(strengths=[1e-3])
+
+
+def _merged(operator: Operator = Drop("first"), *groups: tuple[int, ...], family: Family = "llama"):
+    """Student, teacher, lineage and the places merged."""
+    teacher, student = tiny_llama(model_type=family), tiny_llama(model_type=family)
+    steps = [
+        MergeStep(group, spec_of(operator), [1 / len(group)] * len(group))  # type: ignore[arg-type]
+        for group in groups or ((2, 3),)
+    ]
+    surgery.apply_all(student, steps)
+    return student, teacher, MergeHistory(6, steps).lineage  # type: ignore[arg-type]
+
+
+def _refit(refit: Refit, student: PreTrainedModel, teacher: PreTrainedModel, lineage: Lineage) -> None:
+    merged = [place for place, ancestors in enumerate(lineage) if len(ancestors) > 1]
+    refit.refit(Stream(student, BATCHES), Stream(teacher, BATCHES), lineage, merged)
+
+
+def _states(model: PreTrainedModel, batches: Sequence[Batch] = BATCHES) -> list[list[Tensor]]:
+    """After every layer, batch by batch."""
+    stream, found = Stream(model, batches), []
+    for layer in layers_of(model):
+        stream.advance(layer)
+        found.append(list(stream.states))
+    return found
+
+
+def _errors(student: PreTrainedModel, teacher: PreTrainedModel, lineage: Lineage) -> list[float]:
+    """Squared distance to the teacher's stream behind every student layer."""
+    ours, theirs = _states(student), _states(teacher)
+    return [
+        sum((a - b).square().sum().item() for a, b in zip(ours[place], theirs[ancestors[-1]], strict=True))
+        for place, ancestors in enumerate(lineage)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ridge_lowers_the_error_behind_the_merged_layer(family: Family):
+    student, teacher, lineage = _merged(family=family)
+    before = _errors(student, teacher, lineage)
+    _refit(WEAK, student, teacher, lineage)
+    assert _errors(student, teacher, lineage)[2] < 0.8 * before[2]
+
+
+@pytest.mark.parametrize("operator", [Drop("first"), Drop("last"), WeightedAverage()])
+def test_ridge_lowers_the_error_after_every_operator(operator: Operator):
+    student, teacher, lineage = _merged(operator, (3, 4), (1, 2))
+    before = _errors(student, teacher, lineage)
+    _refit(WEAK, student, teacher, lineage)
+    after = _errors(student, teacher, lineage)
+    assert after[0] == before[0]
+    assert all(late < early for late, early in zip(after[1:], before[1:], strict=True))
+
+
+@pytest.mark.parametrize("refit", [RidgeRefit(), RidgeRefit(strengths=[0.01]), MagnitudeCompensation()])
+def test_nothing_changes_where_the_student_is_the_teacher(refit: Refit):
+    student, teacher = tiny_llama(), tiny_llama()
+    refit.refit(Stream(student, BATCHES), Stream(teacher, BATCHES), MergeHistory(6).lineage, [2])
+    assert_same(student, teacher)
+
+
+def test_ridge_is_least_squares_where_it_hardly_shrinks():
+    student, teacher, lineage = _merged()
+    inputs: list[Tensor] = []
+    layer = layers_of(student)[2]
+    with_hook = layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    reached, wanted = _states(student)[2], _states(teacher)[3]
+    with_hook.remove()
+    weight = layer.mlp.down_proj.weight.detach().clone()
+    z = torch.cat([each.flatten(0, 1) for each in inputs]).double()
+    e = torch.cat([(b - a).flatten(0, 1) for a, b in zip(reached, wanted, strict=True)]).double()
+    energy = [state.square().sum(-1) for state in wanted]
+    root = torch.cat([(each.median() / each).clamp(max=1).flatten() for each in energy]).sqrt().double()[:, None]
+    expected = weight.double() + torch.linalg.lstsq(z * root, e * root).solution.T
+    _refit(RidgeRefit(layers="merged", projections="mlp", strengths=[1e-10]), student, teacher, lineage)
+    torch.testing.assert_close(layer.mlp.down_proj.weight.detach().double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_ridge_touches_only_what_it_says():
+    student, teacher, lineage = _merged()
+    before = weights_of(student)
+    _refit(RidgeRefit(layers="merged", projections="mlp", strengths=[0.01]), student, teacher, lineage)
+    changed = [name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == ["model.layers.2.mlp.down_proj.weight"]
+    student, teacher, lineage = _merged()
+    _refit(WEAK, student, teacher, lineage)
+    changed = [name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert {name.split(".", 3)[3] for name in changed} == {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
+    assert {name.split(".")[2] for name in changed} == {"2", "3", "4"}
+
+
+def test_ridge_leaves_the_teacher_alone_even_where_it_shares_storage():
+    teacher = tiny_llama()
+    student = surgery.second_view(teacher)
+    before = weights_of(teacher)
+    step = MergeStep((2, 3), spec_of(Drop("first")), (1.0, 0.0))
+    surgery.apply(student, step)
+    _refit(WEAK, student, teacher, MergeHistory(6, (step,)).lineage)
+    assert_same(teacher, before)
+
+
+def test_ridge_keeps_the_identity_of_every_parameter():
+    student, teacher, lineage = _merged()
+    before = [id(parameter) for parameter in student.parameters()]
+    _refit(WEAK, student, teacher, lineage)
+    assert [id(parameter) for parameter in student.parameters()] == before
+
+
+def test_ridge_does_not_fit_chance():
+    # Two sequences cannot tell 64 inputs apart: on held-out text an unshrunk fit is worse than none.
+    teacher, student = tiny_llama(), tiny_llama()
+    few: list[Batch] = [{"input_ids": ids} for ids in token_batches(2, 1, 12)]
+    lineage = MergeHistory(6, (MergeStep((2, 3), spec_of(Drop("first")), (1.0, 0.0)),)).lineage
+    surgery.apply(student, MergeStep((2, 3), spec_of(Drop("first")), (1.0, 0.0)))
+    before = weights_of(student)
+    refit = RidgeRefit(layers="merged", projections="mlp", strengths=[1e-9, 1e6], held_out=0.5)
+    refit.refit(Stream(student, few), Stream(teacher, few), lineage, [2])
+    moved = student.state_dict()["model.layers.2.mlp.down_proj.weight"] - before["model.layers.2.mlp.down_proj.weight"]
+    assert moved.norm() < 1e-2
+
+
+def test_ridge_ignores_masked_tokens():
+    results = []
+    for filler in (5, 50):
+        student, teacher, lineage = _merged()
+        batches: list[Batch] = []
+        for batch in BATCHES:
+            ids, mask = batch["input_ids"].clone(), torch.ones_like(batch["input_ids"])
+            mask[:, 40:] = 0
+            ids[:, 40:] = filler
+            batches.append({"input_ids": ids, "attention_mask": mask})
+        WEAK.refit(Stream(student, batches), Stream(teacher, batches), lineage, [2])
+        results.append(weights_of(student))
+    assert_same(*results)
+
+
+def test_magnitude_compensation_gives_the_stream_its_length_back():
+    student, teacher, lineage = _merged(Drop("first"), (1, 2, 3))
+    theirs, ours = _states(teacher), _states(student)
+
+    def length(states: list[Tensor]) -> float:
+        return float(torch.cat([state.norm(dim=-1).flatten() for state in states]).mean())
+
+    factor = length(theirs[3]) / length(ours[1])
+    expected = [layers_of(student)[place].mlp.down_proj.weight / factor for place in (2, 3)]
+    first = layers_of(student)[1].mlp.down_proj.weight.detach().clone()
+    _refit(MagnitudeCompensation(), student, teacher, lineage)
+    for place, weight in zip((2, 3), expected, strict=True):
+        torch.testing.assert_close(layers_of(student)[place].mlp.down_proj.weight, weight)
+    torch.testing.assert_close(layers_of(student)[1].mlp.down_proj.weight, first)
+
+
+def test_refit_restores_the_mode_of_every_module():
+    student, teacher, lineage = _merged()
+    student.train()
+    student.model.layers[0].eval()  # type: ignore[union-attr, operator]
+    before = [module.training for module in student.modules()]
+    _refit(WEAK, student, teacher, lineage)
+    assert [module.training for module in student.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("layers", "all"), ("projections", "attention"), ("strengths", []), ("strengths", [0.0]), ("held_out", 1.0)],
+)
+def test_ridge_refuses_what_it_cannot_do(field: str, value: object):
+    with pytest.raises(InputError, match=field):
+        RidgeRefit(**{field: value})  # type: ignore[arg-type]
+
+
+def test_ridge_needs_two_sequences_to_choose_a_strength():
+    student, teacher, lineage = _merged()
+    one: list[Batch] = [{"input_ids": token_batches(1, 1, 16)[0]}]
+    with pytest.raises(InputError, match="calibration_blocks"):
+        RidgeRefit().refit(Stream(student, one), Stream(teacher, one), lineage, [2])
