@@ -102,6 +102,33 @@ def test_one_shot_ranking_refuses_a_criterion_that_does_not_score_single_layers(
         OneShotRanking(AngularDistance(span=2)).plan(calibration, Drop(), 2)
 
 
+# The spared layer scores lowest and the base of a group that scores higher: it stays all the same.
+@pytest.mark.parametrize(
+    ("first", "last", "target", "survivors"),
+    [(2, 0, 5, [0, 1, 3, 4, 5]), (2, 0, 3, [0, 1, 5]), (0, 2, 4, [2, 3, 4, 5]), (2, 2, 4, [0, 1, 4, 5])],
+)
+def test_one_shot_ranking_spares_layers_at_both_ends(first: int, last: int, target: int, survivors: list[int]):
+    model = tiny_llama()
+    original = [weights_of(layer) for layer in layers_of(model)]
+    planner = OneShotRanking(Given((1, 2, 3, 4, 5, 6)), spare_first=first, spare_last=last)
+    planner.check(6, target)
+    surgery.apply_all(model, planner.plan(Calibration(model, plain()), Drop(), target))
+    for layer, survivor in zip(layers_of(model), survivors, strict=True):
+        assert_same(layer, original[survivor])
+
+
+@pytest.mark.parametrize("target", [1, 5])
+def test_one_shot_ranking_refuses_a_target_below_what_it_spares(target: int):
+    with pytest.raises(InputError, match=f"keep 6 of 8 layers, target_depth={target} asks for fewer"):
+        OneShotRanking(spare_first=4, spare_last=2).check(8, target)
+
+
+@pytest.mark.parametrize("settings", [{"spare_first": -1}, {"spare_last": -1}])
+def test_one_shot_ranking_refuses_to_spare_less_than_nothing(settings: dict[str, int]):
+    with pytest.raises(InputError, match="must be 0 or more"):
+        OneShotRanking(**settings)  # type: ignore[arg-type]
+
+
 # --- ContiguousBlock
 
 
