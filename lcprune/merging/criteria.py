@@ -11,7 +11,7 @@ position would count). Averages run over all calibration tokens. Cosines alone a
 them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp
 
@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity
 
 from lcprune.errors import InputError
 from lcprune.merging.calibration import Calibration, token_loss
+from lcprune.merging.progress import track
 
 
 class Criterion:
@@ -69,10 +70,32 @@ class TrialCriterion(Criterion):
 
     def score(self, calibration: Calibration) -> tuple[float, ...]:
         """The figure of the model without each layer in turn; earlier layers are not run again."""
-        prefixes = calibration.prefixes(calibration.depth - 1)
-        return tuple(
-            self.measure(calibration, prefixes.run(index + 1, entry=index)) for index in range(calibration.depth)
-        )
+        return sweep((self,), calibration)[0]
+
+
+def score_all(criteria: Sequence[Criterion], calibration: Calibration) -> tuple[tuple[float, ...], ...]:
+    """The scores of every criterion, as if each were asked alone; those that try layers out share the trials."""
+    trials = [criterion for criterion in criteria if isinstance(criterion, TrialCriterion)]
+    tried = iter(sweep(trials, calibration) if trials else ())
+    return tuple(
+        next(tried) if isinstance(criterion, TrialCriterion) else criterion.score(calibration) for criterion in criteria
+    )
+
+
+def sweep(criteria: Sequence[TrialCriterion], calibration: Calibration) -> tuple[tuple[float, ...], ...]:
+    """Per criterion the figure of the model without each layer in turn; every candidate is run once for all of them.
+
+    Memory: the cached stream before every layer, and one candidate's last states.
+    """
+    depth = calibration.depth
+    prefixes = calibration.prefixes(depth - 1)
+    figures: dict[int, list[float]] = {}
+    # The lower the layer, the more layers run: from both ends by turns, so that an estimate of the time left holds.
+    from_both_ends = sorted(range(depth), key=lambda layer: min(layer, depth - 1 - layer))
+    for layer in track(from_both_ends, "trying the model without each layer"):
+        states = tuple(prefixes.run(layer + 1, entry=layer))
+        figures[layer] = [criterion.measure(calibration, states) for criterion in criteria]
+    return tuple(zip(*(figures[layer] for layer in range(depth)), strict=True))
 
 
 @dataclass(frozen=True)

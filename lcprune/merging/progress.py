@@ -13,7 +13,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Reporter = Callable[[str, int, int | None], None]
-"""Gets what is done, how many items are finished, and of how many (None = not known)."""
+"""Gets what is done, how many items are finished, and of how many (None = not known; equal = over)."""
 
 _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
 
@@ -31,16 +31,25 @@ def reporting(reporter: Reporter) -> Iterator[None]:
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
     """The items, reported one by one as they are finished.
 
+    The last report says that all are done even if the loop was left before, so that nobody waits for the rest.
+
     Args:
         items: What is worked through.
         what: Short description, e.g. "scoring layers".
-        total: How many there are; default: `len(items)` where it has one.
+        total: How many there are, or how many at most; default: `len(items)` where it has one.
     """
     reporter = _reporter.get()
+    if reporter is None:
+        yield from items
+        return
     total = len(items) if total is None and isinstance(items, Sized) else total
-    if reporter is not None:
-        reporter(what, 0, total)
-    for done, item in enumerate(items, 1):
-        yield item
-        if reporter is not None:
+    done = 0
+    reporter(what, done, total)
+    try:
+        for item in items:
+            yield item
+            done += 1
             reporter(what, done, total)
+    finally:
+        if done != total:
+            reporter(what, done, done)
