@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from lcprune.errors import InputError
 from lcprune.merging.architectures import LayerLayout, layout_of
 from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.progress import track
 
 Batch = Mapping[str, Tensor]
 """`input_ids` [B, T]; `attention_mask` [B, T] and `labels` [B, T] (-100 = not scored) where they are needed."""
@@ -90,6 +91,16 @@ def stream_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def mask_of(batch: Batch) -> Tensor | None:
+    """Which tokens count, bool [B, T]; None = all."""
+    return batch["attention_mask"].bool() if "attention_mask" in batch else None
+
+
+def unmasked(state_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The states [N, D] of the tokens that count."""
+    return state_BTD.flatten(0, 1) if mask_BT is None else state_BTD[mask_BT.to(state_BTD.device)]
+
+
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The last state [B, T, D] after the final norm: the forward pass without the head."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
@@ -138,23 +149,16 @@ def collect(model: PreTrainedModel, batches: Sequence[Batch], spans: Sequence[in
             states [B, T, D] are alive at once.
     """
     layers = layout_of(model.config).layers_of(model)
-    depth, longest = len(layers), max(spans)
-    if not 1 <= min(spans) <= longest <= depth:
-        raise InputError(f"spans={list(spans)} must lie between 1 and the model's {depth} layers.")
-    sums = {n: torch.zeros(2, depth + 1 - n, dtype=torch.float64) for n in spans}
-    tokens = 0
+    sums = SpanSums(spans, len(layers))
     window: dict[int, Tensor] = {}
-    mask: Tensor | None = None
+    current: Batch = {}
 
     def see(boundary: int, state_BTD: Tensor) -> None:
-        state_ND = (state_BTD[mask] if mask is not None else state_BTD.flatten(0, 1)).float()
-        window[boundary] = state_ND
+        window[boundary] = unmasked(state_BTD, mask_of(current)).float()
         for n in spans:
             if boundary - n in window:
-                cos_N = cosine_similarity(window[boundary - n], state_ND, dim=-1).clamp(-1, 1)
-                sums[n][0, boundary - n] += cos_N.double().sum().cpu()
-                sums[n][1, boundary - n] += (cos_N.double().arccos() / torch.pi).sum().cpu()
-        window.pop(boundary - longest, None)
+                sums.add(n, boundary - n, window[boundary - n], window[boundary])
+        window.pop(boundary - max(spans), None)
 
     def before_first(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         see(0, args[0] if args else kwargs["hidden_states"])
@@ -166,17 +170,41 @@ def collect(model: PreTrainedModel, batches: Sequence[Batch], spans: Sequence[in
     handles += [layer.register_forward_hook(after(index)) for index, layer in enumerate(layers)]
     try:
         with evaluating(model):
-            for batch in batches:
-                mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            for current in track(batches, "reading calibration text"):
                 window.clear()
-                hidden_states(model, batch)
-                tokens += int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+                hidden_states(model, current)
     finally:
         for handle in handles:
             handle.remove()
-    cosine = {n: tuple((total[0] / tokens).tolist()) for n, total in sums.items()}
-    angle = {n: tuple((total[1] / tokens).tolist()) for n, total in sums.items()}
-    return LayerStats(cosine, angle, tokens)
+    return sums.stats(batches)
+
+
+class SpanSums:
+    """Sums of cosines and angles between the stream at boundary b and at b + n, in whatever order they come."""
+
+    def __init__(self, spans: Sequence[int], depth: int) -> None:
+        """All sums at zero; raises InputError for a span that the model does not have.
+
+        Args:
+            spans: Distances n in layers.
+            depth: Layers of the model.
+        """
+        if not 1 <= min(spans) <= max(spans) <= depth:
+            raise InputError(f"spans={list(spans)} must lie between 1 and the model's {depth} layers.")
+        self._sums = {n: torch.zeros(2, depth + 1 - n, dtype=torch.float64) for n in spans}
+
+    def add(self, span: int, boundary: int, before_ND: Tensor, after_ND: Tensor) -> None:
+        """Adds one batch's tokens: the stream at `boundary` and at `boundary + span`, in float32."""
+        cos_N = cosine_similarity(before_ND, after_ND, dim=-1).clamp(-1, 1)
+        self._sums[span][0, boundary] += cos_N.double().sum().cpu()
+        self._sums[span][1, boundary] += (cos_N.double().arccos() / torch.pi).sum().cpu()
+
+    def stats(self, batches: Sequence[Batch]) -> LayerStats:
+        """The means over all unmasked tokens of the batches that were added."""
+        tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+        cosine = {n: tuple((total[0] / tokens).tolist()) for n, total in self._sums.items()}
+        angle = {n: tuple((total[1] / tokens).tolist()) for n, total in self._sums.items()}
+        return LayerStats(cosine, angle, tokens)
 
 
 class PrefixCache:
@@ -221,7 +249,7 @@ class PrefixCache:
         handles = [layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(layers)]
         try:
             with evaluating(self._model):
-                for batch in self._batches:
+                for batch in track(self._batches, "keeping the stream before every layer"):
                     self._states.append([])
                     self._arguments.append({})
                     hidden_states(self._model, batch)
@@ -310,9 +338,11 @@ class Calibration:
         return {name: parameter.detach() for name, parameter in layer.named_parameters()}
 
     def stats(self, *spans: int) -> LayerStats:
-        """`collect` for these spans, once."""
-        if spans not in self._stats:
-            self._stats[spans] = collect(self.model, self.batches, spans)
+        """`collect` for at least these spans, once."""
+        for known, stats in self._stats.items():
+            if set(spans) <= set(known):
+                return stats
+        self._stats[spans] = collect(self.model, self.batches, spans)
         return self._stats[spans]
 
     def scores(self, name: str, score: Callable[["Calibration"], tuple[float, ...]]) -> tuple[float, ...]:
@@ -326,7 +356,7 @@ class Calibration:
         """The original model's last states [B, T, D], after the final norm, batch by batch."""
         model = self.original if self.original is not None else self.model
         with evaluating(model):
-            return tuple(hidden_states(model, batch) for batch in self.batches)
+            return tuple(hidden_states(model, batch) for batch in track(self.batches, "running the original model"))
 
     def prefixes(self, highest: int) -> PrefixCache:
         """The stream before layers 0 .. `highest` of the model as it is."""

@@ -24,6 +24,7 @@ from lcprune.merging.calibration import Calibration
 from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity
 from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import Operator, spec_of
+from lcprune.merging.progress import track
 
 
 class Planner:
@@ -220,7 +221,10 @@ class ThresholdPlanner(Planner):
         prefixes = calibration.prefixes(base)
         criterion, steps = OutputSimilarity(), []
         with ExitStack() as accepted:
-            while base >= self.lowest and depth > target:
+            # Every attempt moves the base down: so many at most.
+            for _ in track(range(base - self.lowest + 1), "trying merges"):
+                if base < self.lowest or depth <= target:
+                    break
                 prefixes.forget_from(base + 1)
                 absorbed = min(self.layers_per_merge - 1, depth - base - 1, depth - target)
                 group = list(range(base, base + absorbed + 1))
@@ -282,19 +286,17 @@ def with_weight_cosines(calibration: Calibration, steps: Sequence[MergeStep]) ->
 
     Near 0 for most trained models: it says when an elementwise operator is hopeless, and costs nothing.
     """
-    layers = calibration.layout.layers_of(calibration.model)
-    origins: list[tuple[int, ...]] = [(index,) for index in range(len(layers))]
+    origins: list[tuple[int, ...]] = [(index,) for index in range(calibration.depth)]
     noted = []
     for step in steps:
-        bases = [dict(layers[origins[index][0]].named_parameters()) for index in step.group]
+        bases = [calibration.layer_tensors(origins[index][0]) for index in step.group]
         cosines = [
-            cosine_similarity(left[name].detach().flatten().float(), right[name].detach().flatten().float(), dim=0)
+            cosine_similarity(left[name].flatten().float(), right[name].flatten().float(), dim=0).item()
             for left, right in pairwise(bases)
             for name in left
             if left[name].dim() == 2
         ]
-        mean = sum(cosine.item() for cosine in cosines) / len(cosines)
-        noted.append(replace(step, scores={**step.scores, "weight_cosine": mean}))
+        noted.append(replace(step, scores={**step.scores, "weight_cosine": sum(cosines) / len(cosines)}))
         merged = tuple(origin for index in step.group for origin in origins[index])
         origins[step.group[0] : step.group[-1] + 1] = [merged]
     return tuple(noted)
