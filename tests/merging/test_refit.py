@@ -14,14 +14,15 @@ from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, WeightedAverage, spec_of
 from lcprune.merging.refit import MagnitudeCompensation, Refit, RidgeRefit
 from lcprune.merging.streams import Stream
-from tests.builders import FAMILIES, Family, tiny_llama, token_batches
+from tests.builders import ALL_FAMILIES, FAMILIES, Family, tiny_llama, token_batches
 from tests.merging.planning import assert_same, layers_of, weights_of
 
 BATCHES: list[Batch] = [{"input_ids": ids} for ids in token_batches(4, 4, 48)]
 WEAK = RidgeRefit(strengths=[1e-3])
+FIRST = Drop("first")
 
 
-def _merged(operator: Operator = Drop("first"), *groups: tuple[int, ...], family: Family = "llama"):
+def _merged(operator: Operator = FIRST, *groups: tuple[int, ...], family: Family = "llama"):
     """Student, teacher, lineage and the places merged."""
     teacher, student = tiny_llama(model_type=family), tiny_llama(model_type=family)
     steps = [
@@ -61,6 +62,16 @@ def test_ridge_lowers_the_error_behind_the_merged_layer(family: Family):
     before = _errors(student, teacher, lineage)
     _refit(WEAK, student, teacher, lineage)
     assert _errors(student, teacher, lineage)[2] < 0.8 * before[2]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_ridge_serves_every_family(family: Family):
+    student, teacher, lineage = _merged(family=family)
+    before = _errors(student, teacher, lineage)
+    _refit(WEAK, student, teacher, lineage)
+    assert all(
+        late < 0.9 * early for late, early in zip(_errors(student, teacher, lineage), before, strict=True) if early
+    )
 
 
 @pytest.mark.parametrize("operator", [Drop("first"), Drop("last"), WeightedAverage()])
