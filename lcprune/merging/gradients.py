@@ -44,8 +44,8 @@ class Magnitude(Criterion):
 
     def score(self, calibration: Calibration) -> tuple[float, ...]:
         """Sum of |theta| ** power per layer, in float64."""
-        layers = calibration.layout.layers_of(calibration.model)
-        return tuple(sum(map(self._of, _matrices(layer).values())) for layer in layers)
+        layers = map(calibration.layer_tensors, track(range(calibration.depth), "weighing layers"))
+        return tuple(sum(self._of(theta) for theta in layer.values() if theta.dim() > 1) for layer in layers)
 
     def _of(self, matrix: Tensor) -> float:
         return matrix.float().abs().pow(self.power).sum(dtype=torch.float64).item()

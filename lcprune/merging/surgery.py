@@ -121,16 +121,17 @@ def replay(model: PreTrainedModel, history: MergeHistory) -> None:
     """Gives an unmerged model the structure that `history` left behind; weights are the loader's business.
 
     Raises:
-        InputError: If the model does not have the teacher's depth.
+        InputError: If the model does not have the teacher's depth, or a step merges layers that differ in shape.
     """
     layout = layout_of(model.config)
-    depth = len(layout.layers_of(model))
-    if depth != history.teacher_depth:
+    layers = layout.layers_of(model)
+    if len(layers) != history.teacher_depth:
         raise InputError(
-            f"The history starts from a model of {history.teacher_depth} layers, this one has {depth}: "
+            f"The history starts from a model of {history.teacher_depth} layers, this one has {len(layers)}: "
             f"name the model it belongs to{f' ({history.teacher})' if history.teacher else ''}."
         )
     for step in history.steps:
+        _check(step, layers)
         _remove(model, layout, step)
 
 
