@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
     # A file may import the files before it in its own room. The planners' searches need surgery.trial.
     "merging": "progress lineage families architectures activity calibration streams remeasure regression observation "
-    "operators concat surgery criteria gradients planners progressive greedy refit search budget within collapse shards "
-    "streaming heatmaps",
+    "operators concat surgery criteria gradients planners progressive greedy refit search budget within collapse "
+    "shards streaming heatmaps",
     "distillation": "schedules randomness losses metrics teacher objectives optim checkpoint module callbacks",
     "data": "preprocess module",
     "delivery": "card export figures evaluate report",
