@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lcprune import demo
-from lcprune.cli import options, tables
+from lcprune.cli import options, streaming, tables
 from lcprune.cli.files import write_text
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import RecipeCLI, collapse_of
@@ -32,6 +32,7 @@ def _collapse(arguments: list[str]) -> None:
         ("--plan", Path, "Execute this plan (JSON, as written before) instead of making one."),
         ("--plan-only", bool, "Print the plan as a table, write it as JSON (--out FILE, default plan.json), stop."),
         ("--target-depth", int, "Number of layers wanted; default: where the recipe's schedule ends."),
+        streaming.FLAG,
         *options.LOADING,
     )
     options.check_loading(own)
@@ -57,6 +58,9 @@ def _collapse(arguments: list[str]) -> None:
         callback.operator.check(layout_of(cli.model.teacher_config))
         if callback.refit is not None:
             callback.refit.check(layout_of(cli.model.teacher_config))
+    if own.stream:
+        streaming.collapse(own, cli, given, target)
+        return
     model = options.load_model(own, cli)
     if given is None:
         given = collapse.plan(

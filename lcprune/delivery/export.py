@@ -10,7 +10,8 @@ Whatever fails or is killed before the rename leaves `out` as it was.
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from lcprune.delivery.card import model_card
 from lcprune.errors import DiskError, InputError, RunError
 from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.shards import SHARD_BYTES, ShardWriter
+from lcprune.merging.streaming import stored_tensors
 
 HISTORY = "history.json"
 RECIPE = "recipe.yaml"
@@ -67,23 +70,79 @@ def export(
         DiskError: The disk is full or may not be written; nothing was left behind.
         RunError: The folder does not give the student back; nothing was left behind.
     """
-    check_target(out)
     _check_depth(student, history, "The student")
+    with _replacing(out) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _write_account(folder, student, history, recipe=recipe, figures=figures or {}, license=license)
+        _prove(student, folder, history)
+    return out.resolve()
+
+
+def export_stream(
+    student: PreTrainedModel,
+    tensors: Iterable[tuple[str, Iterable[Tensor]]],
+    out: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    history: MergeHistory,
+    recipe: str | None = None,
+    license: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """`export` for a student that is not in memory: every tensor is written as it comes.
+
+    The proof reads every file again: names, shapes, dtypes and bytes must be those that were written, and the names
+    those of the student's structure. No logits are computed, for that would take the whole model.
+
+    Args:
+        student: The shortened model's structure, config mended; its parameters say shape and dtype only.
+        tensors: Every parameter by name, once, in one piece or several.
+        out: As for `export`, like the others.
+        tokenizer: The teacher's tokenizer.
+        history: The merges that led to the student.
+        recipe: Text of the resolved recipe.
+        license: The base model's licence.
+        shard_bytes: Most bytes of one file of weights.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        InputError: As for `export`, like the others.
+        DiskError: The disk is full or may not be written; nothing was left behind.
+        RunError: What was written is not what is read; nothing was left behind.
+    """
+    _check_depth(student, history, "The student")
+    with _replacing(out) as folder:
+        writer = ShardWriter(folder, stored_tensors(student), shard_bytes)
+        for name, pieces in tensors:
+            writer.write(name, pieces)
+        student.config.architectures = [type(student).__name__]
+        student.config.save_pretrained(folder)
+        if student.generation_config is not None:
+            student.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _write_account(folder, student, history, recipe=recipe, figures={}, license=license)
+        writer.verify()
+    return out.resolve()
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A new folder, put at `out` when the block ends well; else nothing has happened."""
+    check_target(out)
     out = out.resolve()
     folder = _beside(out, "tmp")
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had our number, as is usual in containers
         folder.mkdir(parents=True)
-        student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        _write_account(folder, student, history, recipe=recipe, figures=figures or {}, license=license)
-        _prove(student, folder, history)
+        yield folder
         _put_in_place(folder, out)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(out, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return out
 
 
 def check_target(out: Path) -> None:

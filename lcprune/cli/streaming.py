@@ -1,0 +1,110 @@
+"""`collapse --stream`: for a model that does not fit into memory; its weights are read and written layer by layer."""
+
+import argparse
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import GenerationConfig
+
+from lcprune import demo
+from lcprune.cli import tables
+from lcprune.cli.files import write_text
+from lcprune.cli.training import RecipeCLI, collapse_of
+from lcprune.delivery.export import export_stream
+from lcprune.distillation.callbacks import ProgressiveCollapse
+from lcprune.distillation.teacher import stored_dtype
+from lcprune.errors import InputError
+from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.shards import INDEX, ONE_FILE
+from lcprune.merging.streaming import (
+    StoredModel,
+    StreamedCalibration,
+    check_operator,
+    check_planner,
+    merged_tensors,
+    student_of,
+)
+
+FLAG = ("--stream", bool, "Read and write the weights layer by layer: memory for a layer and the text's states.")
+"""The option of `collapse`."""
+
+
+def collapse(own: argparse.Namespace, cli: RecipeCLI, given: MergeHistory | None, target: int) -> None:
+    """Plans and executes, or one of them, as `collapse` does with the whole model.
+
+    Args:
+        own: The command's options.
+        cli: The recipe.
+        given: The plan to execute; None = make one.
+        target: Number of layers wanted of a plan that is made.
+    """
+    callback = collapse_of(cli)
+    if given is None:
+        check_planner(callback.planner)
+        check_operator(callback.operator)
+        _check_refit(callback)
+    name = cli.model.teacher_name
+    stored = StoredModel(
+        cli.model.teacher_config,
+        weights_folder(name),
+        dtype=getattr(torch, own.dtype or cli.model.weights_dtype),
+        device=own.device or cli.trainer.strategy.root_device,
+    )
+    if given is None:
+        calibration = StreamedCalibration(stored.model, cli.datamodule.calibration_batches(), stored=stored)
+        given = MergeHistory(stored.depth, callback.planner.plan(calibration, callback.operator, target))
+    history = replace(given, teacher=demo.public_name(name))
+    tables.plan(history)
+    if own.plan_only:
+        path = own.out or Path("plan.json")
+        write_text(path, history.to_json())
+        print(f"{path}: edit it and run `lcprune collapse ... --stream --plan {path} --out FOLDER`")
+        return
+    _export(stored, history, own.out, cli)
+    print(f"student: {own.out}")
+
+
+def weights_folder(name: str) -> Path:
+    """The folder of a model's safetensors files; those of a model on the hub are fetched into its cache.
+
+    Raises:
+        InputError: There is no such model, or it cannot be fetched.
+    """
+    place = Path(demo.resolve(name))
+    if place.is_dir():
+        return place
+    try:
+        return Path(snapshot_download(name, allow_patterns=[ONE_FILE, "model-*-of-*.safetensors", INDEX]))
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+        raise InputError(
+            f"The weights of model.teacher={name!r} cannot be fetched ({reason}): check the name and the network, or "
+            "name a local folder written by save_pretrained."
+        ) from error
+
+
+def _check_refit(callback: ProgressiveCollapse) -> None:
+    if callback.refit is not None:
+        raise InputError(
+            f"collapse.refit={callback.refit} needs the merged model in memory: set it to null, or leave --stream out."
+        )
+
+
+def _export(stored: StoredModel, history: MergeHistory, out: Path, cli: RecipeCLI) -> None:
+    name = cli.model.teacher_name
+    student = student_of(stored, history, stored_dtype(cli.model.teacher_config))
+    with suppress(OSError):  # a model that brings none keeps what follows from its config
+        student.generation_config = GenerationConfig.from_pretrained(demo.resolve(name))
+    export_stream(
+        student,
+        merged_tensors(stored, history),
+        out,
+        tokenizer=demo.load_tokenizer(name),
+        history=history,
+        recipe=cli.recipe_text,
+        license=demo.license_of(name),
+    )
