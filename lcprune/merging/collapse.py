@@ -1,7 +1,7 @@
 """A shorter model without any training: plan, then merge. What `lcprune collapse` and a notebook call.
 
 history = collapse(model, batches, target_depth=24)          # model is changed in place
-history = plan(model, batches, target_depth=24)              # nothing is touched
+history = plan(model, batches, target_depth=24)              # nothing is touched; or target_params="100M" ...
 execute(model, history, batches)                             # ... until now, perhaps after editing it
 """
 
@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from lcprune.errors import InputError
 from lcprune.merging import refit as refits
 from lcprune.merging import surgery
+from lcprune.merging.architectures import layout_of
+from lcprune.merging.budget import Budget, PerplexityRatio, feasible_depths, one_of
+from lcprune.merging.budget import check_target_depth as check_target_depth
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, from_spec
@@ -21,13 +24,17 @@ from lcprune.merging.planners import OneShotRanking, Planner
 from lcprune.merging.refit import Refit
 from lcprune.merging.remeasure import measure_activity
 from lcprune.merging.streams import FadingStream, Stream, regrouped
+from lcprune.merging.within import plan_within
 
 
 def plan(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     *,
-    target_depth: int,
+    target_depth: int | None = None,
+    target_params: int | float | str | None = None,
+    target_size: int | float | str | None = None,
+    max_perplexity_ratio: float | None = None,
     planner: Planner | None = None,
     operator: Operator | None = None,
     refit: Refit | None = None,
@@ -37,7 +44,10 @@ def plan(
     Args:
         model: An unmerged causal LM of a known family.
         batches: Calibration batches, `input_ids` [B, T] each.
-        target_depth: Number of layers wanted; a planner with a threshold of its own may stop before.
+        target_depth: How short, in layers; a planner with a threshold of its own may stop before. Give one of four.
+        target_params: How short, in parameters at most, such as "100M".
+        target_size: How short, in bytes at most on disk in the model's dtype, such as "200MB".
+        max_perplexity_ratio: As short as the calibration perplexity stays below this multiple of the model's own.
         planner: Which layers merge; default OneShotRanking by BlockInfluence.
         operator: What becomes of their weights; default Drop.
         refit: How the merged model is repaired; default not at all.
@@ -46,18 +56,45 @@ def plan(
         The history that executing the plan will leave behind.
 
     Raises:
-        InputError: If the depth, the family or the plan does not fit the model.
+        InputError: If the budget, the family or the plan does not fit the model.
     """
+    budget = one_of(
+        target_depth=target_depth,
+        target_params=target_params,
+        target_size=target_size,
+        max_perplexity_ratio=max_perplexity_ratio,
+    )
+    if budget is None:
+        raise InputError("How short? Give target_depth, target_params, target_size or max_perplexity_ratio.")
     calibration = Calibration(model, batches)
     planner = planner if planner is not None else OneShotRanking()
     operator = operator if operator is not None else Drop()
-    check_target_depth(target_depth, calibration.depth)
-    planner.check(calibration.depth, target_depth)
-    operator.check(calibration.layout)
+    check(model, budget, planner, operator, refit)
+    target = budget.depth(model)
+    if isinstance(budget, PerplexityRatio):
+        steps = plan_within(calibration, planner, operator, budget, refit)
+    else:
+        assert target is not None
+        steps = planner.plan(calibration, operator, target)
+        budget.check_reached(planner, MergeHistory(calibration.depth, steps).depth, target)
+    return MergeHistory(calibration.depth, with_refit(steps, refit), teacher=model.config.name_or_path or "")
+
+
+def check(model: PreTrainedModel, budget: Budget, planner: Planner, operator: Operator, refit: Refit | None) -> None:
+    """Refuses what can be known to fail from shapes alone: a model on the meta device will do.
+
+    Raises:
+        InputError: If the model cannot become so short, or planner, operator or refit do not fit it.
+    """
+    layout = layout_of(model.config)
+    depth, target = len(layout.layers_of(model)), budget.depth(model)
+    if target is None:
+        feasible_depths(planner, depth)
+    else:
+        planner.check(depth, target)
+    operator.check(layout)
     if refit is not None:
-        refit.check(calibration.layout)
-    steps = with_refit(planner.plan(calibration, operator, target_depth), refit)
-    return MergeHistory(calibration.depth, steps, teacher=model.config.name_or_path or "")
+        refit.check(layout)
 
 
 def execute(model: PreTrainedModel, history: MergeHistory, batches: Sequence[Batch] = ()) -> None:
@@ -103,13 +140,26 @@ def collapse(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     *,
-    target_depth: int,
+    target_depth: int | None = None,
+    target_params: int | float | str | None = None,
+    target_size: int | float | str | None = None,
+    max_perplexity_ratio: float | None = None,
     planner: Planner | None = None,
     operator: Operator | None = None,
     refit: Refit | None = None,
 ) -> MergeHistory:
     """`plan`, then `execute`: shortens a model in place and returns what was done."""
-    history = plan(model, batches, target_depth=target_depth, planner=planner, operator=operator, refit=refit)
+    history = plan(
+        model,
+        batches,
+        target_depth=target_depth,
+        target_params=target_params,
+        target_size=target_size,
+        max_perplexity_ratio=max_perplexity_ratio,
+        planner=planner,
+        operator=operator,
+        refit=refit,
+    )
     execute(model, history, batches)
     return history
 
@@ -119,11 +169,3 @@ def with_refit(steps: Sequence[MergeStep], refit: Refit | None) -> tuple[MergeSt
     if refit is None or not steps:
         return tuple(steps)
     return (*steps[:-1], replace(steps[-1], refit=refits.spec_of(refit)))
-
-
-def check_target_depth(target: int, depth: int) -> None:
-    """Raises InputError unless the target is at least 1 and below the model's depth."""
-    if not 1 <= target < depth:
-        raise InputError(
-            f"target_depth={target} must lie between 1 and {depth - 1}, because the model has {depth} layers."
-        )

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isfinite
+from typing import ClassVar
 
 from torch.nn.functional import cosine_similarity
 
@@ -29,6 +30,9 @@ from lcprune.merging.progress import track
 
 class Planner:
     """From a model and a target depth to merge steps. Subclasses are frozen dataclasses with a `plan` method."""
+
+    nested: ClassVar[bool] = False
+    """Whether a plan to fewer layers begins with the plan to more, so that one can be cut from the other."""
 
     def check(self, depth: int, target: int) -> None:
         """Raises InputError for what can be known to fail from the depths alone, before weights are loaded."""
@@ -46,6 +50,8 @@ class Planner:
 
 class StepwisePlanner(Planner):
     """Finds one merge after the other, each on the model as the merges before it have left it."""
+
+    nested: ClassVar[bool] = True
 
     def steps(self, calibration: Calibration, operator: Operator, target: int) -> Generator[MergeStep, None, None]:
         """The steps as they are found, arguments as for `plan`.

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from math import exp
+from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -50,6 +51,8 @@ class RefitSearch(Planner):
     """Other calibration sequences, whose loss decides."""
     strength: float = 0.1
     """lambda of the candidates' ridge regression, in units of the mean of diag(Z Z^T)."""
+
+    nested: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         wrong = [
