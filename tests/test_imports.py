@@ -21,7 +21,7 @@ ROOMS = {
     "shards streaming heatmaps",
     "distillation": "schedules randomness losses metrics teacher objectives optim checkpoint module callbacks",
     "data": "preprocess module",
-    "delivery": "card export figures evaluate report",
+    "delivery": "pictures card export figures evaluate report",
 }
 ROOMS_BELOW = {"merging": (), "data": (), "distillation": ("merging",), "delivery": ("merging",)}
 LEAVES = ("errors", "demo", "_version")  # importable by all, importing only errors

@@ -1,17 +1,21 @@
 """Rich tables: a plan, scores of layers, and what became of a run."""
 
 from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from lcprune.delivery.figures import Figures, ModelFigures
+from lcprune.merging.criteria import SAFEST, ranking
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import from_spec
 
 ORTHOGONAL = 0.1
 """Below this mean cosine between weights, adding or averaging them is hopeless without training."""
+LAYER_WIDTH, SCORE_WIDTH = 9, 20
+"""Columns of the terminal that the number of a layer and its score take in the table of scores, lines included."""
 
 
 def plan(history: MergeHistory) -> None:
@@ -45,14 +49,23 @@ def plan(history: MergeHistory) -> None:
 
 
 def scores(columns: Mapping[str, Sequence[float]]) -> None:
-    """Every criterion over every layer, lower = safer to merge, with a bar and the rank of the safest five."""
-    table = Table(title="lower = safer to merge", title_justify="left")
-    table.add_column("layer", justify="right")
-    for name in columns:
-        table.add_column(name)
-    for layer in range(max(len(values) for values in columns.values())):
-        table.add_row(str(layer), *(_cell(values, layer) for values in columns.values()))
-    Console().print(table)
+    """Every criterion over every layer, lower = safer to merge, with a bar and the rank of the safest five.
+
+    Criteria that do not fit beside each other go into tables below each other.
+    """
+    console = Console()
+    names = list(columns)
+    beside = max(1, (console.width - LAYER_WIDTH) // SCORE_WIDTH)
+    for first in range(0, len(names), beside):
+        shown = names[first : first + beside]
+        table = Table(title=f"lower = safer to merge; 1 to {SAFEST} = the safest", title_justify="left")
+        table.add_column("layer", justify="right")
+        for name in shown:
+            table.add_column(name.replace("(", " ("), width=SCORE_WIDTH - 3)
+        rows = max(len(columns[name]) for name in shown)
+        for layer, cells in enumerate(zip(*(_cells(columns[name], rows) for name in shown), strict=True)):
+            table.add_row(str(layer), *cells)
+        console.print(table)
 
 
 def closing(figures: Figures, out: Path) -> None:
@@ -97,13 +110,17 @@ def _model_row(name: str, model: ModelFigures, speed: float, value: float | None
     )
 
 
-def _cell(values: Sequence[float], layer: int) -> str:
-    if layer >= len(values):
-        return ""
-    low, high = min(values), max(values)
-    filled = 0 if high == low else round(10 * (values[layer] - low) / (high - low))
-    rank = sorted(values).index(values[layer]) + 1
-    return f"{values[layer]:10.4f} {'█' * filled:<10}{f' {rank}' if rank <= 5 else ''}"
+def _cells(values: Sequence[float], rows: int) -> list[str]:
+    """A score, a bar and a rank per row; empty where a criterion about spans has no score any more."""
+    ranks = {layer: rank for rank, layer in enumerate(ranking(values), 1)}
+    finite = [value for value in values if isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    cells = []
+    for layer, value in enumerate(values):
+        part = (value - low) / (high - low) if isfinite(value) and high > low else float(value == inf)
+        mark = f" {ranks[layer]}" if ranks[layer] <= SAFEST else ""
+        cells.append(f"{value:9.4g} {'█' * round(5 * part):<5}{mark}")
+    return cells + [""] * (rows - len(values))
 
 
 def _run(layers: Sequence[int]) -> str:

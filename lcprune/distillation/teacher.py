@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lcprune import demo
 from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Batch, hidden_states, layer_outputs
+from lcprune.merging.calibration import HEAD_FIELDS, Batch, hidden_states, layer_outputs
 from lcprune.merging.surgery import second_view as second_view
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -63,10 +63,16 @@ def forward(model: PreTrainedModel, batch: Batch, layers: Sequence[int] = ()) ->
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
-    """Weight [V, D] that turns last states into logits."""
+    """Weight [V, D] that turns last states into logits; raises InputError for a head that does more than that."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
-    assert head.bias is None, "a head with a bias needs a loss that knows it"
+    more = [f"{name}={value}" for name in HEAD_FIELDS if (value := getattr(model.config, name, None)) is not None]
+    more += ["a bias"] if head.bias is not None else []
+    if more:
+        raise InputError(
+            f"model_type={model.config.model_type!r} has a head with {', '.join(more)}, which the distillation losses "
+            "do not compute: merge it without training (lcprune collapse, with a refit) or choose another model."
+        )
     return head.weight
 
 

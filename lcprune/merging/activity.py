@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lcprune.merging.architectures import LayerLayout
+from lcprune.merging.architectures import LayerLayout, layout_of
 
 
 @dataclass(frozen=True)
@@ -98,5 +98,5 @@ def recording(layers: Sequence[nn.Module], layout: LayerLayout, kv_heads: int) -
 
 
 def kv_heads_of(config: PretrainedConfig) -> int:
-    """Number of KV heads: as many as query heads where a family does not share them."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    """Number of KV heads of a layer, by the family's record."""
+    return layout_of(config).kv_heads_of(config)

@@ -34,6 +34,9 @@ Hook = Callable[[nn.Module, tuple[object, ...], Tensor | tuple[Tensor, ...]], No
 HEAD_CHUNK = 1024
 """Tokens whose logits exist at once when a loss is measured."""
 
+HEAD_FIELDS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+"""Config fields of what a head does to its logits: factor (cohere), divisor (granite), soft cap (gemma2)."""
+
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -113,13 +116,12 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     """What the model's own head makes of last states [..., D], with its family's bias, scaling and soft-capping."""
     values: Tensor = model.get_output_embeddings()(states)
-    if (factor := getattr(model.config, "logit_scale", None)) is not None:  # cohere
+    factor, divisor, cap = (getattr(model.config, name, None) for name in HEAD_FIELDS)
+    if factor is not None:
         values = values * factor
-    if (divisor := getattr(model.config, "logits_scaling", None)) is not None:  # granite
+    if divisor is not None:
         values = values / divisor
-    if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:  # gemma2
-        values = torch.tanh(values / cap) * cap
-    return values
+    return values if cap is None else torch.tanh(values / cap) * cap
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ them.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, isnan
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -21,6 +21,9 @@ from torch.nn.functional import cosine_similarity
 from lcprune.errors import InputError
 from lcprune.merging.calibration import Calibration, token_loss
 from lcprune.merging.progress import track
+
+SAFEST = 5
+"""How many layers a table or a picture of scores marks."""
 
 
 class Criterion:
@@ -131,3 +134,8 @@ def perplexity(loss: float, tokens: int) -> float:
         return exp(loss / tokens)
     except OverflowError:
         return float("inf")
+
+
+def ranking(scores: Sequence[float]) -> list[int]:
+    """Layers from the safest on, the lower first among equals; what is no number comes last."""
+    return sorted(range(len(scores)), key=lambda layer: (isnan(scores[layer]), scores[layer], layer))

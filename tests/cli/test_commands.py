@@ -154,14 +154,6 @@ def test_collapse_without_training_reaches_the_target(config: str, tmp_path: Pat
     assert AutoTokenizer.from_pretrained(out)("layer").input_ids
 
 
-def test_score_covers_every_layer_by_every_criterion(config: str, tmp_path: Path):
-    path = tmp_path / "scores.json"
-    assert main(["score", "--config", config, "--out", str(path)]) == 0
-    columns = json.loads(path.read_text())
-    assert set(columns) == {"BlockInfluence", "AngularDistance", "OutputSimilarity", "TrialPerplexity"}
-    assert {len(scores) for scores in columns.values()} == {6}
-
-
 def test_student_is_stored_in_the_dtype_of_its_teacher(tmp_path: Path):
     teacher = save_tiny(tmp_path / "bf16", tiny_llama(dtype=torch.bfloat16))
     content = recipe(teacher, text_file(tmp_path), tmp_path / "run")

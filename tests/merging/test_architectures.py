@@ -188,7 +188,8 @@ def test_settings_that_no_record_holds_for_are_refused_with_those_that_one_does(
 
 # Families without a record.
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 97, "num_attention_heads": 4}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES |= {"vocab_size": 97, "pad_token_id": 0}
 
 
 @pytest.fixture(autouse=True)

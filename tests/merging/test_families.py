@@ -1,5 +1,6 @@
 """Every family from the merge to the reloaded folder: same logits, same cache, same measurements."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,21 @@ from transformers import (
 )
 
 from lcprune.delivery.export import export
+from lcprune.distillation.teacher import head_weight
 from lcprune.errors import InputError
 from lcprune.merging import surgery
+from lcprune.merging.activity import Activity
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, PrefixCache, collect, hidden_states, logits, token_loss
+from lcprune.merging.concat import Concat
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
+from lcprune.merging.remeasure import measure_activity
 from tests.builders import ALL_FAMILIES, Family, tiny_config, tiny_llama, tiny_tokenizer, token_batches
 
+EXPERTS: tuple[Family, ...] = ("mixtral", "qwen3_moe")
+ALIBI: tuple[Family, ...] = ("bloom", "falcon-rw")
+"""Families whose heads see distances differently from place to place."""
 MIXED: tuple[Family, ...] = ("qwen2", "smollm3", "gemma2", "gemma3_text")
 """Families whose tiny models have layers of more than one kind."""
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -196,7 +204,7 @@ def test_capped_head_of_gemma2_changes_its_logits_so_that_the_test_above_can_fai
 
 
 @pytest.mark.parametrize("operator", [Rdsc(), WeightedAverage()], ids=str)
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", EXPERTS)
 def test_elementwise_operators_reach_experts_and_router(family: Family, operator: Operator):
     model = tiny_llama(model_type=family)
     members = [{n: p.detach().clone() for n, p in layer.named_parameters()} for layer in layers_of(model)[1:4]]
@@ -205,6 +213,51 @@ def test_elementwise_operators_reach_experts_and_router(family: Family, operator
     for name in ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
         expected = sum(factor * member[name] for factor, member in zip(factors, members, strict=True))
         torch.testing.assert_close(layers_of(model)[1].get_parameter(name), expected)
+
+
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family not in (*EXPERTS, *ALIBI)])
+def test_units_of_both_branches_may_change_places(family: Family):
+    """Of a layer and its copy `Concat` keeps every other unit each: the same layer with its units in other places."""
+    model = tiny_llama(model_type=family)
+    layout, layer = layout_of(model.config), layers_of(model)[2]
+    assert layout.mlp is not None
+    width, channels = (
+        layer.get_submodule(branch.consumer).weight.shape[0 if layout.transposed else 1]
+        for branch in (layout.attention, layout.mlp)
+    )
+    heads = layout.kv_heads_of(model.config)
+    activity = [
+        Activity((torch.arange(heads) % 2 != place).float()[:, None].repeat(1, width // heads), every_other)
+        for place in (0, 1)
+        for every_other in [(torch.arange(channels) % 2 != place).float()]
+    ]
+    tensors = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    merged = Concat(selection="joint").merge([tensors, tensors], (0.5, 0.5), layout, activity)
+    assert any(not torch.equal(merged[name], tensor) for name, tensor in tensors.items())
+    expected = logits_of(model)
+    layer.load_state_dict(merged)
+    torch.testing.assert_close(logits_of(model), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_concat_of_experts_is_refused_by_name(family: Family):
+    with pytest.raises(InputError, match=f"Concat cannot merge layers of {family}"):
+        surgery.apply(tiny_llama(model_type=family), step(1, 2, operator=Concat()), lambda layers: ())
+
+
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family not in EXPERTS])
+def test_concat_by_measured_activity_survives_saving(family: Family, tmp_path: Path):
+    model = tiny_llama(model_type=family)
+    surgery.apply(model, step(1, 2, operator=Concat()), partial(measure_activity, model, padded()))
+    assert torch.equal(logits_of(reloaded(model, tmp_path)), logits_of(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "more"), [("phi", "a bias"), ("gemma2", r"final_logit_softcapping=2\.0")], ids=["bias", "cap"]
+)
+def test_head_that_the_losses_do_not_compute_is_refused(family: Family, more: str):
+    with pytest.raises(InputError, match=f"has a head with {more}, which the distillation losses do not compute"):
+        head_weight(tiny_llama(model_type=family))
 
 
 # Layers of several kinds.
