@@ -80,7 +80,7 @@ def draw_scores(scores: Scores) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style: dict[str, Any] = {
+    style: Any = {
         "font.size": 9,
         "axes.titlesize": 10,
         "axes.titlelocation": "left",

@@ -6,7 +6,7 @@
 Legend: `B` batch, `T` tokens, `D` hidden, `I` inputs of a projection.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,19 +44,55 @@ def observe(stream: Stream, layer: nn.Module, index: int) -> Seen:
     layout, entry = layout_of(stream.model.config), stream.states[index]
     with _inputs(layer, _watched(layout)) as inputs:
         output = stream.run(layer, index)
-    shape = output.shape[:2]
+    mlp = _written(layout.mlp, inputs, entry) if layout.mlp is not None else None
+    return Seen(output, _middle(layout, inputs, entry), _written(layout.attention, inputs, entry), mlp)
 
-    def written(branch: Branch) -> Written:
-        before = inputs[branch.norm_after].reshape(output.shape) if branch.norm_after else None
-        return Written(inputs[branch.consumer].reshape(*shape, -1), before)
 
-    middle = None
-    if layout.mlp is not None:
-        middle = inputs[_entrance(layout.mlp)]
-        entered = inputs[_entrance(layout.attention)]
-        parallel = middle.data_ptr() == entered.data_ptr() or middle.data_ptr() == entry.data_ptr()
-        middle = None if parallel else middle.reshape(output.shape)
-    return Seen(output, middle, written(layout.attention), written(layout.mlp) if layout.mlp is not None else None)
+def observe_attention(stream: Stream, layer: nn.Module, index: int) -> tuple[Written, Tensor]:
+    """What the attention alone feeds its projection, and the stream [B, T, D] that this writes to.
+
+    The layer runs no further than to the entrance of its MLP, unless attention and MLP read the same stream or
+    experts follow: then what is written to is the stream behind the layer.
+    """
+    layout, entry = layout_of(stream.model.config), stream.states[index]
+    with _inputs(layer, _watched(layout)) as inputs:
+        handles = []
+        if layout.mlp is not None:
+
+            def leave(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+                if _middle(layout, inputs, entry) is not None:
+                    raise _Enough
+
+            entrance = layer.get_submodule(_entrance(layout.mlp))
+            handles.append(entrance.register_forward_pre_hook(leave, with_kwargs=True))
+        try:
+            reached = stream.run(layer, index)
+        except _Enough:
+            middle = _middle(layout, inputs, entry)
+            assert middle is not None
+            reached = middle
+        finally:
+            for handle in handles:
+                handle.remove()
+    return _written(layout.attention, inputs, entry), reached
+
+
+class _Enough(Exception):
+    """The layer has come as far as was asked."""
+
+
+def _written(branch: Branch, inputs: Mapping[str, Tensor], entry: Tensor) -> Written:
+    before = inputs[branch.norm_after].reshape(entry.shape) if branch.norm_after else None
+    return Written(inputs[branch.consumer].reshape(*entry.shape[:2], -1), before)
+
+
+def _middle(layout: LayerLayout, inputs: Mapping[str, Tensor], entry: Tensor) -> Tensor | None:
+    """The stream between attention and MLP, or None where there is none."""
+    if layout.mlp is None:
+        return None
+    middle, entered = inputs[_entrance(layout.mlp)], inputs[_entrance(layout.attention)]
+    parallel = middle.data_ptr() == entered.data_ptr() or middle.data_ptr() == entry.data_ptr()
+    return None if parallel else middle.reshape(entry.shape)
 
 
 def _entrance(branch: Branch) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lcprune.errors import InputError
 from lcprune.merging.architectures import Branch, LayerLayout, layout_of
 from lcprune.merging.lineage import Lineage, MergeHistory
-from lcprune.merging.observation import Written, observe
+from lcprune.merging.observation import Written, observe, observe_attention
 from lcprune.merging.progress import track
 from lcprune.merging.regression import Sums, best_strength, held_out_sequences, token_weights
 from lcprune.merging.streams import Stream
@@ -101,8 +101,15 @@ class RidgeRefit(Refit):
         layout = layout_of(student.model.config)
         layers, originals = layout.layers_of(student.model), layout.layers_of(teacher.model)
         chosen = set(merged) if self.layers == "merged" else set(range(min(merged), len(layers)))
+        alike = all(map(torch.equal, student.states, teacher.states))
         for place in track(range(max(chosen) + 1), "refitting layers"):
             ancestors = [originals[index] for index in lineage[place]]
+            alike = alike and place not in chosen and _same_weights(layers[place], *ancestors)
+            if alike:
+                student.advance(layers[place])
+                teacher.states = list(student.states)
+                teacher.leave(ancestors[0])
+                continue
             if place in chosen:
                 self.refit_layer(student, teacher, layers[place], ancestors)
             else:
@@ -133,12 +140,12 @@ class RidgeRefit(Refit):
         for index in range(len(student.states)):
             middles = []
             for ancestor in ancestors:
-                middles.append(observe(teacher, ancestor, index).middle_BTD)
-                teacher.step(ancestor, index)
-            seen = observe(student, layer, index)
-            reached = seen.output_BTD if seen.middle_BTD is None else seen.middle_BTD
+                seen = observe(teacher, ancestor, index)
+                middles.append(seen.middle_BTD)
+                teacher.states[index] = seen.output_BTD
+            written, reached = observe_attention(student, layer, index)
             for fit, middle in zip(fits, middles, strict=True):
-                fit.see(index, seen.attention, teacher.states[index] if middle is None else middle, reached)
+                fit.see(index, written, teacher.states[index] if middle is None else middle, reached)
         for ancestor in ancestors:
             teacher.leave(ancestor)
         min(fits, key=lambda fit: fit.energy).solve()
@@ -153,6 +160,12 @@ class RidgeRefit(Refit):
             assert seen.mlp is not None
             fit.see(index, seen.mlp, target, seen.output_BTD)
         fit.solve()
+
+
+def _same_weights(layer: nn.Module, *ancestors: nn.Module) -> bool:
+    """Whether a student's layer is its one ancestor, tensor by tensor in the same storage."""
+    pairs = zip(layer.parameters(), ancestors[0].parameters(), strict=True)
+    return len(ancestors) == 1 and all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in pairs)
 
 
 class _Fit:

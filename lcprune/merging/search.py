@@ -1,31 +1,36 @@
 """RefitSearch: which layers merge, and how, judged by what is left *after* the repair.
 
     while depth > target:
-        teacher, fitting text and held-out text walk through the layers side by side; at every place worth a look
-            merge the pair here (trial)  ->  refit its MLP projection on the fitting text  ->  finish the held-out text
+        at every place worth a look, with every operator worth a try there:
+            merge the pair (trial)  ->  refit its MLP projection on the fitting text  ->  finish the held-out text
         the pair and operator with the least held-out loss merge
 
 A score taken before the refit chooses other layers, and worse ones: what a projection can take over differs from layer
-to layer. The layers below a candidate are never run again. The first round looks everywhere; later ones only where the
-last looks promised most ("lazy greedy"; gains shrink as the model does), and next to the latest merge.
+to layer. What keeps the search short:
+
+    places      the first round looks everywhere with the recipe's operator, and with the others where that promised
+                most; later rounds look only where the last look promised most ("lazy greedy"; gains shrink as the
+                model does), and next to the latest merge
+    prefix      the streams before every layer are kept, and after a merge run again only from there on
+    halves      a candidate that half of the held-out text finds clearly worse than the best does not see the other
 
 Greedy search over single layers by loss is SLEB's (arXiv:2402.09025); scoring after a closed-form refit is ours.
+Memory: states [B, T, D] of the fitting text before every layer, of teacher and student, and of the held-out text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from math import exp
+from math import exp, inf, isnan
 from typing import ClassVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity, kv_heads_of, recording
 from lcprune.merging.calibration import Batch, Calibration, token_loss
-from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Operator
 from lcprune.merging.planners import Planner, new_step, uniform, with_weight_cosines
 from lcprune.merging.progress import track
@@ -36,16 +41,19 @@ from lcprune.merging.streams import Stream, regrouped
 Look = tuple[int, int]
 """Teacher layer behind which the first member of a pair ends, and which operator."""
 
+CLEARLY_WORSE = 0.02
+"""Nats per token on half of the held-out text: about twice the standard error of a difference on 2,000 tokens."""
+
 
 @dataclass(frozen=True)
 class RefitSearch(Planner):
     """Greedy search over pairs of neighbours and operators by held-out loss after a refit of the merged layer."""
 
     also: list[Operator] = field(default_factory=list)
-    """Operators tried at every place beside the recipe's."""
+    """Operators tried beside the recipe's, at the places where that promised most."""
     candidates: int = 8
     """How many pairs and operators each round after the first tries."""
-    fit_sequences: int = 32
+    fit_sequences: int = 16
     """Calibration sequences that a candidate's projection is fitted on."""
     held_out_sequences: int = 8
     """Other calibration sequences, whose loss decides."""
@@ -80,39 +88,41 @@ class RefitSearch(Planner):
         operators = [operator, *(other for other in self.also if other != operator)]
         for each in operators:
             each.check(calibration.layout)
-        teacher = calibration.original if calibration.original is not None else surgery.second_view(calibration.model)
         history = calibration.history if calibration.history is not None else MergeHistory(calibration.depth)
+        bench = _Bench(calibration, operators, fitting, held_out, self.strength)
         damage: dict[Look, float] = {}
         steps: list[MergeStep] = []
         with ExitStack() as accepted:
             for _ in track(range(max(0, calibration.depth - target)), "searching merges"):
-                search = _Round(self, calibration, teacher, history, operators, fitting, held_out)
-                found = search.look(self._worth_a_look(damage, history, len(operators)))
-                unmerged = search.loss()
-                damage.update({look: candidate.loss - unmerged for look, candidate in found.items()})
-                best = min(found.values(), key=lambda candidate: candidate.loss)
+                found: dict[Look, _Candidate] = {}
+                for looks in self._waves(damage, history, len(operators)):
+                    found |= bench.look(looks, history.lineage, found.values())
+                    damage.update({look: candidate.damage for look, candidate in found.items()})
+                best = min((one for one in found.values() if one.judged), key=lambda one: one.loss)
                 accepted.enter_context(surgery.trial(calibration.model, best.step, measure=best.measure))
                 layer = calibration.layout.layers_of(calibration.model)[best.step.base]
                 for name, values in best.refitted.items():
                     layer.get_parameter(name).data = values
                 history = history.append(best.step)
                 steps.append(replace(best.step, scores={"perplexity_after_refit": exp(min(best.loss, 700.0))}))
-                del search, found
+                bench.refresh(best.step.base)
         return with_weight_cosines(calibration, steps)
 
-    def _worth_a_look(self, damage: dict[Look, float], history: MergeHistory, operators: int) -> set[Look]:
-        """Everything in the first round; then the most promising by their last look, and the newest neighbours."""
+    def _waves(self, damage: dict[Look, float], history: MergeHistory, operators: int) -> Iterable[list[Look]]:
+        """What a round looks at, the most promising first; `damage` fills up between one wave and the next."""
         ends = [ancestors[-1] for ancestors in history.lineage[:-1]]
-        possible = {(end, number) for end in ends for number in range(operators)}
-        if not possible <= damage.keys():
-            return possible
-        ranked = sorted(possible, key=damage.__getitem__)[: self.candidates]
+        if not damage:
+            yield [(end, 0) for end in reversed(ends)]
+            best = sorted(ends, key=lambda end: damage[end, 0])[: self.candidates]
+            yield [(end, number) for end in best for number in range(1, operators)]
+            return
+        ranked = sorted((look for look in damage if look[0] in ends), key=damage.__getitem__)[: self.candidates]
         base = history.steps[-1].base
-        beside = {history.lineage[place][-1] for place in (base - 1, base) if 0 <= place < history.depth - 1}
-        return {*ranked, *((end, 0) for end in beside)}
+        beside = [(history.lineage[place][-1], 0) for place in (base - 1, base) if 0 <= place < history.depth - 1]
+        yield ranked + [look for look in beside if look not in ranked]
 
     def _split(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-        """Sequences to fit on and sequences to judge by, both spread over the calibration text."""
+        """Sequences to fit on, and two halves to judge by, both spread over the calibration text."""
         single = [
             {name: tensor[row : row + 1] for name, tensor in batch.items()}
             for batch in batches
@@ -126,17 +136,23 @@ class RefitSearch(Planner):
         wanted = min(self.fit_sequences + self.held_out_sequences, len(single))
         single = [single[place * len(single) // wanted] for place in range(wanted)]
         judges = held_out_sequences(wanted, self.held_out_sequences / (self.fit_sequences + self.held_out_sequences))
+        held_out = [each for place, each in enumerate(single) if place in judges]
+        half = -(-sum(each["input_ids"].numel() for each in held_out) // 2)
         return (
             regrouped([each for place, each in enumerate(single) if place not in judges]),
-            regrouped([each for place, each in enumerate(single) if place in judges]),
+            regrouped(held_out, tokens=half),
         )
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    loss: float
-    """Held-out loss in nats per token."""
     step: MergeStep
+    loss: float
+    """Held-out loss in nats per token, over what was judged."""
+    damage: float
+    """By how much that is more than before the merge."""
+    judged: bool
+    """Whether all of the held-out text was."""
     activity: Sequence[Activity]
     refitted: dict[str, Tensor]
     """Values of the merged layer's refitted parameters, by their names in the layer."""
@@ -146,74 +162,104 @@ class _Candidate:
         return self.activity
 
 
-class _Round:
-    """One walk from front to back over a model as it stands."""
+class _Bench:
+    """The streams before every layer of the model as it stands, and behind every layer of the teacher."""
 
     def __init__(
         self,
-        search: RefitSearch,
         calibration: Calibration,
-        teacher: PreTrainedModel,
-        history: MergeHistory,
         operators: Sequence[Operator],
         fitting: Sequence[Batch],
         held_out: Sequence[Batch],
+        strength: float,
     ) -> None:
-        self._model, self._layout = calibration.model, calibration.layout
-        self._operators, self._history, self._held_batches = operators, history, held_out
-        self._ridge = RidgeRefit(layers="merged", projections="mlp", strengths=[search.strength])
-        self._teacher = Stream(teacher, fitting)
-        self._originals = self._layout.layers_of(teacher)
-        self._fit = Stream(calibration.model, fitting)
-        self._held = Stream(calibration.model, held_out)
+        self._model, self._layout, self._operators = calibration.model, calibration.layout, operators
+        self._ridge = RidgeRefit(layers="merged", projections="mlp", strengths=[strength])
         self._needs_activity = any(operator.needs_activity for operator in operators)
+        self._held_out = held_out
+        self._fit, self._held = Stream(calibration.model, fitting), Stream(calibration.model, held_out)
+        original = calibration.original if calibration.original is not None else surgery.second_view(calibration.model)
+        self._teacher = Stream(original, fitting)
+        self._fit_before, self._held_before = [list(self._fit.states)], [list(self._held.states)]
+        self._targets: list[list[Tensor]] = []
+        for layer in track(self._layout.layers_of(original), "reading text with the original model"):
+            self._teacher.advance(layer)
+            self._targets.append(list(self._teacher.states))
+        if calibration.original is None:
+            # The student is its own original as yet: its states are the teacher's, and held once.
+            self._fit_before += self._targets[:-1]
+        self.refresh(0)
 
-    def look(self, looks: set[Look]) -> dict[Look, _Candidate]:
-        """Tries the pairs and operators named; afterwards `loss()` is the unmerged model's."""
+    def refresh(self, place: int) -> None:
+        """Runs the text again from this layer on, after a merge there."""
+        layers = self._layout.layers_of(self._model)
+        for stream, before in ((self._fit, self._fit_before), (self._held, self._held_before)):
+            if place > 0:
+                del before[place + 1 :]
+            stream.states = list(before[-1])
+            for layer in layers[len(before) - 1 : len(layers) - 1]:
+                stream.advance(layer)
+                before.append(list(stream.states))
+        self._unmerged = self._losses([layers[-1]])
+
+    def look(self, looks: Sequence[Look], lineage: Lineage, rivals: Iterable[_Candidate]) -> dict[Look, _Candidate]:
+        """Tries pairs and operators; one that is clearly worse than the best so far may be judged by half the text."""
+        best = min((rival.damage for rival in rivals if rival.judged), default=inf)
+        place_of = {ancestors[-1]: place for place, ancestors in enumerate(lineage)}
         found: dict[Look, _Candidate] = {}
-        lineage = self._history.lineage
-        layers = list(self._layout.layers_of(self._model))
-        self._advance_teacher(lineage[0])
-        for place in range(len(layers) - 1):
-            # The teacher is one group ahead: a pair's target lies behind its second member.
-            self._advance_teacher(lineage[place + 1])
-            end = lineage[place][-1]
-            here = [number for number in range(len(self._operators)) if (end, number) in looks]
-            activity = self._activity(layers[place : place + 2]) if here and self._needs_activity else ()
-            for number in here:
-                found[end, number] = self._try(place, self._operators[number], activity)
-            self._fit.advance(layers[place])
-            self._held.advance(layers[place])
+        activities: dict[int, Sequence[Activity]] = {}
+        for end, number in track(looks, "trying merges behind a refit"):
+            place, operator = place_of[end], self._operators[number]
+            if operator.needs_activity and place not in activities:
+                activities[place] = self._activity(place)
+            activity = activities.get(place, ()) if operator.needs_activity else ()
+            target = self._targets[lineage[place + 1][-1]]
+            candidate = self._try(place, operator, activity, target, best + CLEARLY_WORSE)
+            found[end, number] = candidate
+            best = min(best, candidate.damage) if candidate.judged else best
         return found
 
-    def _advance_teacher(self, ancestors: Sequence[int]) -> None:
-        for index in ancestors:
-            self._teacher.advance(self._originals[index])
-
-    def _activity(self, pair: Sequence[nn.Module]) -> Sequence[Activity]:
-        """What both members do on the fitting text."""
+    def _activity(self, place: int) -> Sequence[Activity]:
+        """What both members of a pair do on the fitting text."""
+        pair = list(self._layout.layers_of(self._model))[place : place + 2]
         with recording(pair, self._layout, kv_heads_of(self._model.config)) as recorder:
-            for index, mask in enumerate(self._fit.masks):
-                recorder.mask_BT = mask
-                self._fit.run(pair[1], index, self._fit.run(pair[0], index))
+            for member, states in zip(pair, self._fit_before[place : place + 2], strict=True):
+                for index, mask in enumerate(self._fit.masks):
+                    recorder.mask_BT = mask
+                    self._fit.run(member, index, states[index])
         return recorder.activities()
 
-    def _try(self, place: int, operator: Operator, activity: Sequence[Activity]) -> _Candidate:
+    def _try(
+        self, place: int, operator: Operator, activity: Sequence[Activity], target: Sequence[Tensor], limit: float
+    ) -> _Candidate:
         """Merges, refits, judges, restores."""
         assert self._layout.mlp is not None
         step = new_step((place, place + 1), operator, uniform((place, place + 1)))
+        self._fit.states, self._held.states = list(self._fit_before[place]), list(self._held_before[place])
+        self._teacher.states = list(target)
         with surgery.trial(self._model, step, measure=lambda _: activity):
             layers = list(self._layout.layers_of(self._model))
             self._ridge.refit_mlp(self._fit, self._teacher, layers[place])
-            loss = self.loss(*layers[place:])
             consumer = layers[place].get_submodule(self._layout.mlp.consumer)
             refitted = {f"{self._layout.mlp.consumer}.{name}": p.data for name, p in consumer.named_parameters()}
-        return _Candidate(loss, step, activity, refitted)
+            losses = self._losses(layers[place:], limit)
+        loss, tokens = sum(part for part, _ in losses), sum(number for _, number in losses)
+        loss = inf if isnan(loss) else loss
+        damage = (loss - sum(part for part, _ in self._unmerged[: len(losses)])) / tokens
+        return _Candidate(step, loss / tokens, damage, len(losses) == len(self._unmerged), activity, refitted)
 
-    def loss(self, *layers: nn.Module) -> float:
-        """Held-out loss after these layers, from where the held-out text stands; in nats per token."""
-        total, count = 0.0, 0
-        for state, batch in zip(self._held.last_states(*layers), self._held_batches, strict=True):
-            loss, tokens = token_loss(self._model, state, batch)
-            total, count = total + loss, count + tokens
-        return total / count
+    def _losses(self, layers: Sequence[nn.Module], limit: float = inf) -> list[tuple[float, int]]:
+        """Per part of the held-out text, from where it stands: the loss in nats behind these layers, and its tokens.
+
+        Ends with the first part after which the damage per token is beyond the limit.
+        """
+        parts: list[tuple[float, int]] = []
+        lost, count = 0.0, 0
+        for state, batch in zip(self._held.last_states(*layers), self._held_out, strict=True):
+            parts.append(token_loss(self._model, state, batch))
+            if limit < inf:
+                lost += parts[-1][0] - self._unmerged[len(parts) - 1][0]
+                count += parts[-1][1]
+                if not lost <= limit * count:
+                    break
+        return parts
