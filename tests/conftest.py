@@ -1,4 +1,4 @@
-"""Fixtures for all tests: offline, quiet, two threads; the builders of `tests.builders` by name."""
+"""Fixtures for all tests: offline, quiet, one thread; the builders of `tests.builders` by name."""
 
 import os
 
@@ -17,8 +17,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests import builders
 
-# One thread for each of several processes (pytest -n 2), or they wait for each other.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+THREADS = torch.get_num_threads()
+
+
+def _take(threads: int) -> None:
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+
+
+# Tiny models gain nothing from a second thread, and where another process runs, pytest -n 2 too, threads wait for each
+# other busily: 5 to 20 times as long.
+_take(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Only the demo model is large enough for all threads."""
+    _take(THREADS if item.get_closest_marker("model") else 1)
 
 
 @pytest.fixture

@@ -19,8 +19,10 @@ ROOMS = {
     "merging": "progress lineage families architectures activity calibration streams remeasure regression observation "
     "operators concat surgery criteria gradients planners progressive greedy refit search budget within collapse "
     "shards streaming heatmaps",
-    "distillation": "schedules randomness losses metrics teacher objectives optim checkpoint module callbacks",
-    "data": "preprocess module",
+    "distillation": "schedules accumulation strategies randomness divergences head fused losses metrics levels trained "
+    "passes teacher phases objectives optim "
+    "checkpoint module callbacks",
+    "data": "preprocess sources author generate module",
     "delivery": "pictures card export figures evaluate report",
 }
 ROOMS_BELOW = {"merging": (), "data": (), "distillation": ("merging",), "delivery": ("merging",)}
@@ -34,6 +36,9 @@ LIBRARIES = {
     "merging.lineage": (),
     "merging.progress": (),
     "distillation.schedules": (),
+    "distillation.divergences": ("torch",),
+    "distillation.head": ("torch",),
+    "distillation.fused": ("torch",),
     "distillation.losses": ("torch",),
 }
 IN_ONE_MODULE = ("datasets", "lm_eval", "matplotlib", "peft", "bitsandbytes")

@@ -21,19 +21,28 @@ LOADING: tuple[Option, ...] = (
 """Options of every command that loads a model without training it."""
 
 
-def split(usage: str, arguments: Sequence[str], *options: Option) -> tuple[argparse.Namespace, list[str]]:
+def split(
+    usage: str, arguments: Sequence[str], *options: Option, examples: str = ""
+) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and what remains for the recipe's parser (--config, --data.path ...).
 
     Args:
         usage: The command as a user types it, without the recipe's settings.
         arguments: What was typed behind the command's name.
         options: Those of the command.
+        examples: What --help ends with, printed as it stands.
     """
 
     class Own(argparse.ArgumentParser):
         error, _settings = Parser.error, Parser._settings  # type: ignore[assignment]
 
-    parser = Own(usage=f"{usage} [--model.KEY VALUE] [--data.KEY VALUE] ...", allow_abbrev=False, add_help=False)
+    parser = Own(
+        usage=f"{usage} [--model.KEY VALUE] [--data.KEY VALUE] ...",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
     parser.add_argument("-h", "--help", action="help", help="Show this; the recipe's own keys: lcprune fit --help.")
     for name, kind, text in options:
         if kind is bool:

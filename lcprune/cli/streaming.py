@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import GenerationConfig
 
 from lcprune import demo
-from lcprune.cli import tables
+from lcprune.cli import bars, budgets, tables
 from lcprune.cli.files import write_text
 from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.delivery.export import export_stream
@@ -33,14 +33,14 @@ FLAG = ("--stream", bool, "Read and write the weights layer by layer: memory for
 """The option of `collapse`."""
 
 
-def collapse(own: argparse.Namespace, cli: RecipeCLI, given: MergeHistory | None, target: int) -> None:
+def collapse(own: argparse.Namespace, cli: RecipeCLI, given: MergeHistory | None, goal: budgets.Goal | None) -> None:
     """Plans and executes, or one of them, as `collapse` does with the whole model.
 
     Args:
         own: The command's options.
         cli: The recipe.
         given: The plan to execute; None = make one.
-        target: Number of layers wanted of a plan that is made.
+        goal: What a plan that is made must keep to.
     """
     callback = collapse_of(cli)
     if given is None:
@@ -55,17 +55,31 @@ def collapse(own: argparse.Namespace, cli: RecipeCLI, given: MergeHistory | None
         device=own.device or cli.trainer.strategy.root_device,
     )
     if given is None:
-        calibration = StreamedCalibration(stored.model, cli.datamodule.calibration_batches(), stored=stored)
-        given = MergeHistory(stored.depth, callback.planner.plan(calibration, callback.operator, target))
+        assert goal is not None
+        given = _plan(stored, cli, goal)
     history = replace(given, teacher=demo.public_name(name))
     tables.plan(history)
     if own.plan_only:
         path = own.out or Path("plan.json")
         write_text(path, history.to_json())
+        print(budgets.outcome(history, cli))
         print(f"{path}: edit it and run `lcprune collapse ... --stream --plan {path} --out FOLDER`")
         return
-    _export(stored, history, own.out, cli)
+    with bars.shown():
+        _export(stored, history, own.out, cli)
+    print(budgets.outcome(history, cli, folder=own.out))
     print(f"student: {own.out}")
+
+
+def _plan(stored: StoredModel, cli: RecipeCLI, goal: budgets.Goal) -> MergeHistory:
+    assert goal.depth is not None
+    callback = collapse_of(cli)
+    calibration = StreamedCalibration(stored.model, cli.datamodule.calibration_batches(), stored=stored)
+    with bars.shown():
+        steps = callback.planner.plan(calibration, callback.operator, goal.depth)
+    history = MergeHistory(stored.depth, steps)
+    goal.check_reached(callback.planner, history)
+    return history
 
 
 def weights_folder(name: str) -> Path:

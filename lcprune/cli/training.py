@@ -35,6 +35,9 @@ from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine  # noqa: F401 - short names in recipes are those imported here
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
+from lcprune.merging.gradients import Magnitude, Taylor  # noqa: F401
+from lcprune.merging.greedy import GreedyPlanner  # noqa: F401
+from lcprune.merging.progressive import ProgressivePlanner  # noqa: F401
 from lcprune.merging.search import RefitSearch  # noqa: F401
 
 KEYWORDS = ("last", "best", "hpc", "registry")

@@ -1,4 +1,4 @@
-"""The data of a run: a HF data set, a local file or the built-in text, packed into blocks and batched.
+"""The data of a run: a HF data set, a file, the teacher's own or the built-in text, packed into blocks and batched.
 
     documents -> split -> tokens -> blocks [N, T] -> training loader | validation loader | calibration batches
 
@@ -11,10 +11,8 @@ arrives at the same blocks.
 """
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from glob import escape
 from pathlib import Path
 
 import lightning as L
@@ -23,7 +21,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, SequentialSampler, TensorDataset
 
+from lcprune.data.generate import COLUMN, Generate, text_file
 from lcprune.data.preprocess import pack, split, tokenize
+from lcprune.data.sources import file_mistake, read_file, read_hub
 from lcprune.demo import DEMO, load_tokenizer
 from lcprune.errors import InputError
 
@@ -31,9 +31,6 @@ Batch = dict[str, Tensor]
 """`input_ids` and `labels`, both int64 [B, T]."""
 
 _Rows = tuple[Tensor, ...]
-
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_SUFFIXES = (*_BUILDERS, ".txt")
 
 
 class BlockSampler(DistributedSampler[int]):
@@ -125,17 +122,18 @@ class ResumableLoader(DataLoader[_Rows]):
 
 
 class TextDataModule(L.LightningDataModule):
-    """Text from a local file, a HF data set or Python's own language reference, packed into blocks.
+    """Text from a local file, a HF data set, the teacher or Python's own language reference, packed into blocks.
 
     Args:
         tokenizer: Model whose tokenizer is used: a local folder, a hub name or demo:smollm2.
         path: A local .jsonl, .json, .csv, .parquet or .txt file (one document a row; a .txt file is one document).
-            Without path and dataset, the text is the language reference inside Python (pydoc_data.topics).
+            Without path, dataset and generate, the text is the language reference inside Python (pydoc_data.topics).
         validation_path: A file of the same kinds with the validation text; without it a part of the text is held out.
         dataset: Name of a data set on the Hugging Face hub.
         dataset_config: The data set's configuration, where it has several.
         split: The data set's split; slices such as train[:1%] work.
-        text_column: The column that holds the text.
+        generate: Lets the teacher write the text, once; it is kept in the user's cache folder.
+        text_column: The column that holds the text, in data.generate.prompts too.
         block_size: Tokens in a block; memory and time of a training step grow with it.
         batch_size: Blocks in a batch, on each device.
         validation_fraction: Fraction of the tokens held out for validation, as whole documents and at least one block;
@@ -158,6 +156,7 @@ class TextDataModule(L.LightningDataModule):
         dataset: str | None = None,
         dataset_config: str | None = None,
         split: str = "train",
+        generate: Generate | None = None,
         text_column: str = "text",
         block_size: int = 512,
         batch_size: int = 4,
@@ -174,6 +173,7 @@ class TextDataModule(L.LightningDataModule):
         self.dataset = dataset
         self.dataset_config = dataset_config
         self.split = split
+        self.generate = generate
         self.text_column = text_column
         self.block_size = block_size
         self.batch_size = batch_size
@@ -187,10 +187,12 @@ class TextDataModule(L.LightningDataModule):
             raise InputError("; ".join(mistakes) + ".")
 
     def prepare_data(self) -> None:
-        """Fetches what comes from the hub and unpacks the demo model, once per machine."""
+        """Fetches what comes from the hub, unpacks the demo model, lets the teacher write; once per machine."""
         load_tokenizer(self.tokenizer)
         if self.dataset is not None:
             self._documents()
+        if self.generate is not None:
+            text_file(self.generate, teacher=self.tokenizer, column=self.text_column)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, tokenises and packs; the second call does nothing, and every stage gets the same.
@@ -268,15 +270,19 @@ class TextDataModule(L.LightningDataModule):
         tokenizer = load_tokenizer(self.tokenizer)
         stream, lengths = tokenize(self._documents(), tokenizer)
         if self.validation_path is not None:
-            held_out = _read_file("data.validation_path", self.validation_path, self.text_column)
+            held_out = read_file("data.validation_path", self.validation_path, self.text_column)
             return stream, tokenize(held_out, tokenizer)[0]
         return split(stream, lengths, fraction=self.validation_fraction, block_size=self.block_size, seed=self.seed)
 
     def _documents(self) -> Sequence[str]:
         if self.path is not None:
-            return _read_file("data.path", self.path, self.text_column)
+            return read_file("data.path", self.path, self.text_column)
         if self.dataset is not None:
-            return _read_hub(self.dataset, self.dataset_config, self.split, self.text_column)
+            return read_hub(self.dataset, self.dataset_config, self.split, self.text_column)
+        if self.generate is not None:
+            path = text_file(self.generate, teacher=self.tokenizer, column=self.text_column)
+            rank_zero_info(f"text written by {self.generate.model or self.tokenizer}: {path}")
+            return read_file("data.generate", path, COLUMN)
         from pydoc_data.topics import topics
 
         return [topics[name] for name in sorted(topics)]
@@ -295,12 +301,22 @@ class TextDataModule(L.LightningDataModule):
     def _source_mistakes(self) -> Iterator[str]:
         if not self.tokenizer:
             yield "data.tokenizer is empty: name a local folder, a hub model or demo:smollm2"
-        if self.path is not None and self.dataset is not None:
-            yield f"data.path={self.path} and data.dataset={self.dataset!r} are both set: keep one of them"
+        sources = {
+            f"data.path={self.path}": self.path,
+            f"data.dataset={self.dataset!r}": self.dataset,
+            "data.generate": self.generate,
+        }
+        if len(given := [name for name, value in sources.items() if value is not None]) > 1:
+            yield f"{' and '.join(given)} are {'both' if len(given) == 2 else 'all'} set: keep one of them"
         if self.dataset is None and (self.dataset_config is not None or self.split != "train"):
             yield "data.dataset_config and data.split belong to data.dataset, which is not set: set it or drop them"
-        for field, path in (("data.path", self.path), ("data.validation_path", self.validation_path)):
-            if path is not None and (mistake := _file_mistake(path)):
+        files = {
+            "data.path": self.path,
+            "data.validation_path": self.validation_path,
+            "data.generate.prompts": None if self.generate is None else self.generate.prompts,
+        }
+        for field, path in files.items():
+            if path is not None and (mistake := file_mistake(path)):
                 yield f"{field}={path} {mistake}"
 
     def _number_mistakes(self) -> Iterator[str]:
@@ -322,71 +338,3 @@ def _generator(seed: int, purpose: object) -> torch.Generator:
 def _batch(rows: Sequence[_Rows]) -> Batch:
     input_ids = torch.stack([row for (row,) in rows]).long()
     return {"input_ids": input_ids, "labels": input_ids.clone()}
-
-
-def _file_mistake(path: Path) -> str | None:
-    if not path.exists():
-        return "does not exist: check the path (it counts from the folder the command runs in)"
-    if not path.is_file():
-        return "is not a file: name one file"
-    if path.suffix.lower() not in _SUFFIXES:
-        return f"ends in {path.suffix or 'nothing'!r}, which is not one of {', '.join(_SUFFIXES)}: convert or rename it"
-    if path.stat().st_size == 0:
-        return "is empty: give a file with text"
-    return None
-
-
-def _read_file(field: str, path: Path, column: str) -> list[str]:
-    from datasets import load_dataset
-
-    kind, source = path.suffix.lower(), f"{field}={path}"
-    with _explained(source, f"check that it really is {kind[1:]} in UTF-8"):
-        if kind == ".txt":
-            rows = {column: [path.read_text(encoding="utf-8")]}
-        else:
-            data = load_dataset(_BUILDERS[kind], data_files=escape(str(path)), split="train")
-            rows = {name: data[name] for name in data.column_names}
-    return _texts(rows, column, source)
-
-
-def _read_hub(name: str, config: str | None, split: str, column: str) -> list[str]:
-    from datasets import load_dataset
-
-    source = f"data.dataset={name!r} (data.dataset_config={config!r}, data.split={split!r})"
-    with _explained(source, "check these three and the network, or name a local file with data.path"):
-        data = load_dataset(name, config, split=split)
-    return _texts({name: data[name] for name in data.column_names}, column, source)
-
-
-@contextmanager
-def _explained(source: str, way_out: str) -> Iterator[None]:
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield
-    except (OSError, ValueError, DatasetsError, StopIteration) as error:  # StopIteration: a file without a single row
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the outer sentences say nothing
-            cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or ["no rows"])[0].rstrip(".: ")
-        raise InputError(f"{source} could not be read ({reason}): {way_out}.") from error
-
-
-def _texts(rows: Mapping[str, Iterable[object]], column: str, source: str) -> list[str]:
-    if column not in rows:
-        raise InputError(
-            f"data.text_column={column!r} is not in {source}, which has the columns {', '.join(rows)}: "
-            "set data.text_column to the one that holds the text."
-        )
-    texts = []
-    for value in rows[column]:
-        if not isinstance(value, str | None):
-            raise InputError(
-                f"data.text_column={column!r} of {source} holds {type(value).__name__} values, not text: "
-                "set data.text_column to a column of strings."
-            )
-        if value is not None and value.strip():
-            texts.append(value)
-    if not texts:
-        raise InputError(f"{source} holds no text in data.text_column={column!r}: give a file or data set with text.")
-    return texts

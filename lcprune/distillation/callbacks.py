@@ -26,6 +26,7 @@ from lcprune.distillation import optim
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Schedule
+from lcprune.distillation.strategies import parameters_changed
 from lcprune.errors import InputError, RunError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
@@ -220,8 +221,8 @@ def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeSte
         if isinstance(config.scheduler, optim.RewarmingCosine):
             config.scheduler.rewarm()
     _forget_best(trainer)
-    if isinstance(trainer.strategy, DDPStrategy):
-        _rewrap(trainer.strategy)
+    module.choose_trained()
+    parameters_changed(trainer.strategy)
     _note_measurement(trainer, module)
 
 
@@ -304,12 +305,6 @@ def _compare(trainer: Trainer, digest: str) -> None:
     everyone = trainer.strategy.all_gather(mine).flatten()  # type: ignore[union-attr]
     if not bool((everyone == mine).all()):
         raise RunError("The ranks received different plans for a merge.")
-
-
-def _rewrap(strategy: DDPStrategy) -> None:
-    """DDP's reducer knows the old set of parameters: make a new one around the same module."""
-    strategy.model = strategy.lightning_module
-    strategy.configure_ddp()
 
 
 def _forget_best(trainer: Trainer) -> None:

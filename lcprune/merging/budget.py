@@ -72,7 +72,7 @@ class _Amount(Budget):
         total = weights.outside + sum(weights.layers)
         if limit >= total:
             raise InputError(
-                f"{name}={given} is no less than the model has, {_amount(total, units)}: nothing would have to go, "
+                f"{name}={given} is no less than the model has, {amount(total, units)}: nothing would have to go, "
                 "ask for less."
             )
         left, depth = total, len(weights.layers)
@@ -83,7 +83,7 @@ class _Amount(Budget):
         if left > limit:
             raise InputError(
                 f"{name}={given} is less than the embeddings, the head and the one layer that has to stay: ask for "
-                f"{_amount(left, units, up=True)} or more, or choose a smaller model."
+                f"{amount(left, units, up=True)} or more, or choose a smaller model."
             )
         return depth
 
@@ -185,7 +185,9 @@ def check_target_depth(target: int, depth: int) -> None:
 
 
 def feasible_depths(planner: Planner, depth: int) -> list[int]:
-    """The depths that a planner does not refuse beforehand, deepest first; raises its InputError if it refuses all."""
+    """The depths that a planner does not refuse beforehand, deepest first; raises InputError if there is none."""
+    if depth < 2:
+        raise InputError(f"The model has {depth} layer: to merge takes 2 or more.")
     found, refusal = [], None
     for target in range(depth - 1, 0, -1):
         try:
@@ -229,8 +231,8 @@ def _parsed(name: str, given: int | float | str, units: Mapping[str, int], examp
     return int(float(match[1]) * factor)
 
 
-def _amount(number: int, units: Mapping[str, int], *, up: bool = False) -> str:
-    """The number with one decimal and a unit; rounded up where less would not do."""
+def amount(number: int, units: Mapping[str, int], *, up: bool = False) -> str:
+    """The number with one decimal and a unit of `THOUSANDS` or `BYTES`; rounded up where less would not do."""
     unit, factor = max(
         ((unit, factor) for unit, factor in units.items() if factor <= number and not unit.endswith("iB")),
         key=lambda one: one[1],

@@ -26,7 +26,10 @@ from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.progress import track
 
 Batch = Mapping[str, Tensor]
-"""`input_ids` [B, T]; `attention_mask` [B, T] and `labels` [B, T] (-100 = not scored) where they are needed."""
+"""`input_ids` [B, T]; `attention_mask` [B, T] and `labels` [B, T] (-100 = not scored) where they are needed.
+
+`counted`, bool [B, T], where statistics look at fewer tokens than the unmasked ones.
+"""
 
 Hook = Callable[[nn.Module, tuple[object, ...], Tensor | tuple[Tensor, ...]], None]
 """A forward hook of a decoder layer."""
@@ -96,7 +99,19 @@ def stream_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def mask_of(batch: Batch) -> Tensor | None:
     """Which tokens count, bool [B, T]; None = all."""
+    if "counted" in batch:
+        return batch["counted"]
     return batch["attention_mask"].bool() if "attention_mask" in batch else None
+
+
+def last_tokens(batches: Sequence[Batch]) -> list[Batch]:
+    """The same batches, of which only the last unmasked token of every sequence counts."""
+    ends: list[Batch] = []
+    for batch in batches:
+        mask_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        behind_BT = mask_BT.flip(1).cumsum(1).flip(1)
+        ends.append({**batch, "counted": mask_BT & (behind_BT == 1)})
+    return ends
 
 
 def unmasked(state_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -142,7 +157,7 @@ def token_loss(model: PreTrainedModel, state_BTD: Tensor, batch: Batch) -> tuple
 
 
 def collect(model: PreTrainedModel, batches: Sequence[Batch], spans: Sequence[int] = (1,)) -> LayerStats:
-    """Runs the batches through the decoder and averages cosines and angles over all unmasked tokens.
+    """Runs the batches through the decoder and averages cosines and angles over all tokens that count.
 
     Args:
         model: A causal LM of a known family; not changed.
@@ -202,8 +217,9 @@ class SpanSums:
         self._sums[span][1, boundary] += (cos_N.double().arccos() / torch.pi).sum().cpu()
 
     def stats(self, batches: Sequence[Batch]) -> LayerStats:
-        """The means over all unmasked tokens of the batches that were added."""
-        tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+        """The means over all tokens that count of the batches that were added."""
+        masks = ((mask_of(batch), batch["input_ids"]) for batch in batches)
+        tokens = sum(ids_BT.numel() if mask_BT is None else int(mask_BT.sum()) for mask_BT, ids_BT in masks)
         cosine = {n: tuple((total[0] / tokens).tolist()) for n, total in self._sums.items()}
         angle = {n: tuple((total[1] / tokens).tolist()) for n, total in self._sums.items()}
         return LayerStats(cosine, angle, tokens)

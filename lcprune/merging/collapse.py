@@ -7,7 +7,6 @@ execute(model, history, batches)                             # ... until now, pe
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -21,8 +20,9 @@ from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, from_spec
 from lcprune.merging.planners import OneShotRanking, Planner
+from lcprune.merging.progress import track
 from lcprune.merging.refit import Refit
-from lcprune.merging.remeasure import measure_activity
+from lcprune.merging.remeasure import Trail
 from lcprune.merging.streams import FadingStream, Stream, regrouped
 from lcprune.merging.within import plan_within
 
@@ -123,17 +123,19 @@ def execute(model: PreTrainedModel, history: MergeHistory, batches: Sequence[Bat
         if not batches:
             raise InputError("The plan refits the merged model, which needs text: give calibration batches.")
     teacher = surgery.second_view(model) if repairs else None
-    measure = partial(measure_activity, model, batches) if batches else None
+    trail = Trail(model, batches) if batches else None
     done = repaired = MergeHistory(depth)
-    for number, step in enumerate(history.steps):
-        surgery.apply(model, step, measure)
+    for number, step in enumerate(track(history.steps, "merging layers")):
+        surgery.apply(model, step, trail.activity if trail is not None else None)
         done = done.append(step)
+        if trail is not None:
+            trail.forget(step.base)
         if teacher is not None and step.refit is not None:
             # After the last refit nobody needs the original any more: its layers may go as they are passed.
             kind = FadingStream if number == repairs[-1] else Stream
-            text = regrouped(batches)
+            text, trail = regrouped(batches), None
             refits.repair(Stream(model, text), kind(teacher, text), done, repaired)
-            repaired = done
+            repaired, trail = done, Trail(model, batches)
 
 
 def collapse(

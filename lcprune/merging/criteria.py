@@ -12,14 +12,15 @@ them.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, isnan
+from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lcprune.errors import InputError
-from lcprune.merging.calibration import Calibration, token_loss
+from lcprune.merging.calibration import Calibration, last_tokens, token_loss
 from lcprune.merging.progress import track
 
 SAFEST = 5
@@ -49,13 +50,27 @@ class AngularDistance(Criterion):
 
     span: int = 1
     """Number of layers between the two states; entry l of the scores is about layers l .. l + span - 1."""
+    tokens: Literal["all", "last"] = "all"
+    """Which tokens are averaged over: `all` unmasked ones, or the `last` of every sequence, as published by both."""
 
     def __post_init__(self) -> None:
+        wrong = []
         if self.span < 1:
-            raise InputError(f"span={self.span} of AngularDistance must be at least 1.")
+            wrong.append(f"span={self.span} of AngularDistance must be at least 1")
+        if self.tokens not in ("all", "last"):
+            wrong.append(f"tokens={self.tokens!r} of AngularDistance must be all or last")
+        if wrong:
+            raise InputError(f"{'; '.join(wrong)}.")
+
+    def __repr__(self) -> str:
+        """The tokens only where they are not the default: the name is a column's title."""
+        tokens = "" if self.tokens == "all" else f", tokens={self.tokens!r}"
+        return f"AngularDistance(span={self.span}{tokens})"
 
     def score(self, calibration: Calibration) -> tuple[float, ...]:
-        """Mean of arccos(cos) / pi over all tokens; `span - 1` fewer entries than layers."""
+        """Mean of arccos(cos) / pi over the tokens; `span - 1` fewer entries than layers."""
+        if self.tokens == "last":
+            calibration = replace(calibration, batches=last_tokens(calibration.batches), _stats={}, _scores={})
         return calibration.stats(self.span).angle[self.span]
 
 

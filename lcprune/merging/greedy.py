@@ -22,7 +22,7 @@ from lcprune.merging.calibration import Calibration, PrefixCache
 from lcprune.merging.criteria import BlockInfluence, Criterion, TrialPerplexity
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator
-from lcprune.merging.planners import StepwisePlanner, new_step, proportional, uniform
+from lcprune.merging.planners import StepwisePlanner, built_alike, new_step, proportional, uniform
 from lcprune.merging.progress import track
 from lcprune.merging.remeasure import measure_activity
 
@@ -80,7 +80,7 @@ class GreedyPlanner(StepwisePlanner):
 
     def _candidates(self, calibration: Calibration, operator: Operator) -> list["_Candidate"]:
         """Every candidate, or only the safest by the criterion where there are more than wanted."""
-        pairs = _built_alike(calibration)
+        pairs = built_alike(calibration)
         candidates = _removals(pairs, operator) if isinstance(operator, Drop) else _pairs(pairs, operator)
         fewer = self.candidates is not None and self.candidates < len(candidates)
         if not fewer and not operator.needs_activity:
@@ -128,15 +128,6 @@ def _removals(pairs: Sequence[tuple[int, int]], operator: Drop) -> list[_Candida
 def _pairs(pairs: Sequence[tuple[int, int]], operator: Operator) -> list[_Candidate]:
     """One candidate per pair of neighbours, in equal shares."""
     return [_Candidate(new_step(pair, operator, uniform(pair)), pair, pair[0]) for pair in pairs]
-
-
-def _built_alike(calibration: Calibration) -> list[tuple[int, int]]:
-    """Every pair of neighbours that can become one layer."""
-    shapes = [
-        {name: theta.shape for name, theta in calibration.layer_tensors(index).items()}
-        for index in range(calibration.depth)
-    ]
-    return [(lower, lower + 1) for lower in range(len(shapes) - 1) if shapes[lower] == shapes[lower + 1]]
 
 
 def _activity_of(calibration: Calibration) -> Measure:

@@ -256,6 +256,15 @@ def new_step(
     return MergeStep(tuple(group), spec_of(operator), tuple(shares), scores or {})
 
 
+def built_alike(calibration: Calibration) -> list[tuple[int, int]]:
+    """Every pair of neighbours that can become one layer."""
+    shapes = [
+        {name: theta.shape for name, theta in calibration.layer_tensors(index).items()}
+        for index in range(calibration.depth)
+    ]
+    return [(lower, lower + 1) for lower in range(len(shapes) - 1) if shapes[lower] == shapes[lower + 1]]
+
+
 def _groups(going: set[int], depth: int) -> list[list[int]]:
     """Runs of going layers, each with the staying layer before it, or after it at the very front; in order."""
     groups: list[list[int]] = []

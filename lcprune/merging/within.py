@@ -77,8 +77,9 @@ def _followed(calibration: Calibration, planner: Planner, operator: Operator, ju
     assert isinstance(planner, StepwisePlanner)
     kept: list[MergeStep] = []
     reached, mildest = judge.original, None
-    with closing(planner.steps(calibration, operator, feasible_depths(planner, calibration.depth)[-1])) as steps:
-        for step in steps:
+    lowest = feasible_depths(planner, calibration.depth)[-1]
+    with closing(planner.steps(calibration, operator, lowest)) as steps:
+        for step in track(steps, "merging while it is allowed", total=calibration.depth - lowest):
             value = judge.after([*kept, step])
             if not value <= limit:
                 mildest = value

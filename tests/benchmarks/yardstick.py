@@ -6,99 +6,48 @@
 Windows of the running text, tokenised without special tokens; mean cross-entropy per token inside a window.
 
     python tests/benchmarks/yardstick.py --text wikitext2_tokens_valid.txt --method bi-drop bi-drop-ridge
+    python tests/benchmarks/yardstick.py --text wikitext2_tokens_valid.txt --method 'come-*' 'come.concat>drop-ridge' \\
+        --results runs/table.jsonl --table
     python tests/benchmarks/yardstick.py --text wikitext2_tokens_valid.txt --method best --windows 128
 
-A method is PLANNER-OPERATOR or PLANNER-OPERATOR-REFIT, see the tables below.
+Methods and patterns of them: see methods.py. With --results every figure is appended to a file as it is measured, and
+what the file holds already is not measured again; --report measures nothing and shows what is there.
 
-SmolLM2-135M-Instruct, bfloat16: dense 30.8; bi-drop 45.9, 66.9 and 101.7 at 27, 24 and 22 layers. A method takes about
-ten seconds per depth on two cores, trial-drop two minutes more. The last line printed is one JSON object:
-method -> depth -> {"perplexity", "ratio" to the dense model, "seconds" since the method began, and, where whole layers
-go, "removed" in order of going}.
+SmolLM2-135M-Instruct, bfloat16: dense 30.8; bi-drop 45.9, 66.9 and 101.7 at 27, 24 and 22 layers. The last line printed
+is one JSON object: method -> depth -> {"perplexity" (null: the planner stops before), "ratio" to the dense model,
+"seconds" of planning, merging and refitting, without the evaluation, "groups" of layers that became one and, where
+layers are ranked and dropped, "removed" in order of going}. A nested plan is made to the shallowest depth asked for:
+its seconds are the same at all depths.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from lcprune.demo import DEMO, load_tokenizer
 from lcprune.distillation.teacher import load
-from lcprune.merging import surgery
-from lcprune.merging.calibration import Batch, Calibration, evaluating, hidden_states, token_loss
-from lcprune.merging.collapse import execute, with_refit
-from lcprune.merging.concat import Concat
-from lcprune.merging.criteria import BlockInfluence, Criterion, TrialPerplexity, perplexity
-from lcprune.merging.lineage import MergeHistory, MergeStep
-from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage
-from lcprune.merging.planners import ContiguousBlock, OneShotRanking, Planner
-from lcprune.merging.refit import MagnitudeCompensation, Refit, RidgeRefit
-from lcprune.merging.search import RefitSearch
+from lcprune.errors import InputError
+from lcprune.merging.calibration import Batch, evaluating, hidden_states, token_loss
+from lcprune.merging.criteria import perplexity
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.methods import DEFAULT, METHODS, Method, named
+from tests.benchmarks.results import Result, Results, shown, table
+
+__all__ = ["METHODS", "Yardstick"]
 
 WINDOW = 512
 CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 16, 32
 EVALUATION_START = 136_934
-
-Result = dict[str, float | list[int] | list[list[int]]]
-
-
-@dataclass(frozen=True)
-class Method:
-    """Which layers merge, into what, and how the outcome is repaired."""
-
-    planner: Planner
-    operator: Operator
-    refit: Refit | None = None
-
-
-PLANNERS: dict[str, Planner] = {
-    "bi": OneShotRanking(BlockInfluence()),
-    "block": ContiguousBlock(),
-    "trial": OneShotRanking(TrialPerplexity()),
-    "search": RefitSearch(),
-}
-OPERATORS: dict[str, Operator] = {
-    "drop": Drop(),
-    "first": Drop(keep="first"),
-    "average": WeightedAverage(),
-    "last": ReplaceWithLast(),
-    "rdsc": Rdsc(),
-    "concat": Concat(),
-    "joint": Concat(selection="joint"),
-}
-REFITS: dict[str, Refit | None] = {
-    "": None,
-    "-magnitude": MagnitudeCompensation(),
-    "-mlp": RidgeRefit(layers="merged", projections="mlp"),
-    "-merged": RidgeRefit(layers="merged"),
-    "-ridge": RidgeRefit(),
-}
-METHODS = {
-    f"{planner}-{operator}{refit}": Method(PLANNERS[planner], OPERATORS[operator], REFITS[refit])
-    for planner, operator, refit in product(PLANNERS, OPERATORS, REFITS)
-} | {"best": Method(RefitSearch(also=[Drop("last"), Concat(selection="joint")]), Drop("first"), RidgeRefit())}
-DEFAULT = [
-    "bi-drop", "block-first", "trial-drop", "bi-average", "bi-last", "bi-rdsc", "bi-concat", "bi-joint",
-    "bi-drop-magnitude", "bi-drop-mlp", "bi-drop-merged", "bi-drop-ridge", "bi-average-ridge", "bi-concat-ridge",
-    "bi-joint-ridge", "search-first-ridge", "best",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Given(Criterion):
-    """Scores taken once for all depths."""
-
-    scores: tuple[float, ...]
-
-    def score(self, calibration: Calibration) -> tuple[float, ...]:
-        """The scores as given."""
-        return self.scores
 
 
 @dataclass(frozen=True)
@@ -109,13 +58,13 @@ class Yardstick:
     evaluation: list[Batch]
 
     @classmethod
-    def of(cls, text: str, tokenizer: PreTrainedTokenizerBase, windows: int = CALIBRATION_WINDOWS) -> "Yardstick":
-        """The windows of a text, one to a batch."""
+    def of(cls, text: str, tokenizer: PreTrainedTokenizerBase, number: int = CALIBRATION_WINDOWS) -> "Yardstick":
+        """The windows of a text, one to a batch, so many of them for calibration."""
         tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         end = EVALUATION_START + EVALUATION_WINDOWS * WINDOW
         if len(tokens) < end:
             raise ValueError(f"The text has {len(tokens):,} tokens, the yardstick ends at token {end:,}.")
-        return cls(_windows(tokens, 0, windows), _windows(tokens, EVALUATION_START, EVALUATION_WINDOWS))
+        return cls(_windows(tokens, 0, number), _windows(tokens, EVALUATION_START, EVALUATION_WINDOWS))
 
     def perplexity(self, model: PreTrainedModel) -> float:
         """On the evaluation windows."""
@@ -128,72 +77,80 @@ class Yardstick:
 
     def measure(self, model: PreTrainedModel, method: Method, depths: Sequence[int], dense: float) -> dict[int, Result]:
         """The method at each depth, always from the model as it is given, which is left unchanged."""
-        calibration = Calibration(model, self.calibration)
-        planner, scores, started = method.planner, None, perf_counter()
-        if isinstance(planner, OneShotRanking):
-            scores = planner.criterion.score(calibration)
-            planner = replace(planner, criterion=Given(scores))
-        # A search's steps to the shallowest depth pass through the others.
-        searched = planner.plan(calibration, method.operator, min(depths)) if isinstance(planner, RefitSearch) else None
-        results: dict[int, Result] = {}
-        for depth in depths:
-            if searched is None:
-                steps = planner.plan(calibration, method.operator, depth)
-            else:
-                steps = searched[: calibration.depth - depth]
-            student = surgery.second_view(model)
-            history = MergeHistory(calibration.depth, with_refit(steps, method.refit))
-            execute(student, history, self.calibration)
-            value = self.perplexity(student)
-            results[depth] = {"perplexity": value, "ratio": value / dense, "seconds": perf_counter() - started}
-            if scores is not None and method.operator == Drop():
-                results[depth]["removed"] = sorted(_dropped(steps), key=scores.__getitem__)
-            elif searched is not None:
-                results[depth]["groups"] = [list(ancestors) for ancestors in history.lineage if len(ancestors) > 1]
-        return results
+        bench = Bench(model, self.calibration, self.evaluation, depths)
+        return {depth: bench.measure(method, depth, dense) for depth in depths}
 
 
 def _windows(tokens: Tensor, start: int, number: int) -> list[Batch]:
+    """So many windows of the running text, one to a batch."""
     return [{"input_ids": window[None]} for window in tokens[start : start + number * WINDOW].split(WINDOW)]
 
 
-def _dropped(steps: Iterable[MergeStep]) -> list[int]:
-    """Layers that `Drop` by the largest share discards; the steps of OneShotRanking go from the back to the front."""
-    return [
-        layer
-        for step in steps
-        for layer in step.group
-        if layer != step.group[max(range(len(step.group)), key=step.shares.__getitem__)]
-    ]
+def measure_all(
+    methods: Mapping[str, Method], depths: Sequence[int], results: Results, bench: Callable[[], Bench]
+) -> None:
+    """Measures what the results lack, methods with the same plan together; the model is only loaded if it must be."""
+    dense = results.get("dense")
+    if dense is None:
+        value = bench().perplexity(bench().model)
+        dense = results.add("dense", {"depth": bench().depth, "perplexity": value, "ratio": 1.0})
+    print(f"dense  {dense['perplexity']:.2f}", flush=True)
+    plans: dict[str, list[str]] = {}
+    for name, method in methods.items():
+        plans.setdefault(repr((method.planners, method.operator, method.instead)), []).append(name)
+    for names in plans.values():
+        for depth in sorted(depths, reverse=True):
+            for name in names:
+                what = cell(name, methods[name], depth)
+                if results.get(what) is None:
+                    results.add(what, bench().measure(methods[name], depth, dense["perplexity"]))
+                    print(f"{name:28}  {depth} layers  {shown(results.get(what))}", flush=True)
+
+
+def cell(name: str, method: Method, depth: int) -> str:
+    """What a figure is called in a file: the settings in full, so that a figure of other settings is not taken."""
+    return f"{name} at {depth}: {method}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures the methods named and prints a table, then one line of JSON."""
+    """Measures the methods named, prints figures as they come, a table if wanted, then one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--text", type=Path, required=True, help="the WikiText-2 validation text")
     parser.add_argument("--depths", type=int, nargs="+", default=[27, 24, 22, 20])
     parser.add_argument("--windows", type=int, default=CALIBRATION_WINDOWS, help="calibration windows of 512 tokens")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=DEFAULT, metavar="METHOD")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--method", nargs="+", default=DEFAULT, metavar="METHOD", help="names and patterns")
+    parser.add_argument("--results", type=Path, help="JSON lines: figures are read from there and appended")
+    parser.add_argument("--table", action="store_true", help="print a Markdown table")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)
+    try:
+        methods = named(options.method)
+    except InputError as error:
+        parser.error(str(error))
+    settings = {name: getattr(options, name) for name in ("model", "dtype", "windows")}
+    results = Results(options.results, settings)
 
-    yardstick = Yardstick.of(options.text.read_text(encoding="utf-8"), load_tokenizer(options.model), options.windows)
-    model = load(options.model, options.dtype)
-    dense = yardstick.perplexity(model)
-    depth = Calibration(model, yardstick.calibration).depth
-    results: dict[str, dict[int, Result]] = {"dense": {depth: {"perplexity": dense, "ratio": 1.0}}}
-    _row("dense", results["dense"])
-    for name in options.method:
-        results[name] = yardstick.measure(model, METHODS[name], options.depths, dense)
-        _row(name, results[name])
-    print(json.dumps(results))
+    @cache
+    def bench() -> Bench:
+        text = options.text.read_text(encoding="utf-8")
+        yardstick = Yardstick.of(text, load_tokenizer(options.model), options.windows)
+        model = load(options.model, options.dtype)
+        return Bench(model, yardstick.calibration, yardstick.evaluation, options.depths, results)
 
-
-def _row(name: str, results: dict[int, Result]) -> None:
-    print(
-        f"{name:20}", *(f"{depth} layers {result['perplexity']:10.4g}" for depth, result in results.items()), sep="  "
-    )
+    if not options.report:
+        measure_all(methods, options.depths, results, bench)
+    found: dict[str, dict[int, Result]] = {}
+    for name, method in methods.items():
+        cells = {depth: results.get(cell(name, method, depth)) for depth in options.depths}
+        if any(cells.values()):
+            found[name] = {depth: result for depth, result in cells.items() if result is not None}
+    if options.table:
+        print(table(found, options.depths))
+    dense = results.get("dense")
+    whole = {"dense": {dense.pop("depth"): dense}} if dense is not None else {}
+    print(json.dumps(whole | found))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def test_fit_exports_a_student_of_the_target_depth(finished: Path):
     assert len(student.model.layers) == student.config.num_hidden_layers == 4
 
 
+@pytest.mark.slow  # tests/delivery/test_export.py loads without lcprune, too
 def test_exported_student_generates_without_lcprune(finished: Path):
     folder = str(finished / "run" / "student")
     code = (

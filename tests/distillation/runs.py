@@ -24,6 +24,7 @@ STEPS = 12
 SECOND_MERGE = 7
 """Optimizer step of the second merge of `two_merges`; the first is at 3."""
 
+SGD = partial(torch.optim.SGD, lr=1e-1)
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 COSINE = partial(RewarmingCosine, warmup_steps=2, rewarm_steps=2)
 

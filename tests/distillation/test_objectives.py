@@ -8,19 +8,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel
 
-from lcprune.distillation.objectives import (
-    Boundary,
-    Forward,
-    Labels,
-    Level,
-    Logits,
-    check,
-    next_tokens,
-    objective,
-    scored_positions,
-    taught_layers,
-)
-from lcprune.distillation.teacher import Teacher, forward, head_weight, second_view
+from lcprune.distillation.levels import Boundary, Labels, Level, Local, Logits, check
+from lcprune.distillation.losses import boundary_loss
+from lcprune.distillation.objectives import Forward, next_tokens, objective, run, scored_positions, taught_layers
+from lcprune.distillation.teacher import Teacher, second_view
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeHistory, MergeStep
@@ -38,14 +29,7 @@ def passes(
     model = builders.tiny_llama()
     student = second_view(model)
     surgery.apply_all(student, history.steps)
-    teacher = Teacher(model)
-    layers = taught_layers(levels, history.lineage)
-    states = teacher(batch, [history.lineage[s][-1] for s in layers])
-    return (
-        Forward(batch, forward(student, batch, layers), head_weight(student), states, teacher.head),
-        student,
-        model,
-    )
+    return run(levels, batch, student, Teacher(model), history.lineage), student, model
 
 
 @pytest.mark.parametrize(
@@ -176,3 +160,99 @@ def test_logits_refuse_a_temperature_that_is_not_positive():
 def test_boundary_refuses_a_word_it_does_not_know(wrong: dict[str, str]):
     with pytest.raises(InputError, match=next(iter(wrong))):
         Boundary(**wrong)  # type: ignore[arg-type]
+
+
+def test_local_gives_the_merged_layer_the_stream_before_its_ancestors(batch: dict[str, Tensor]):
+    batch["labels"][0, :5] = -100
+    both, student, teacher = passes(batch, MERGED, (Local(),))
+    terms = objective((Local(),), both, MERGED.lineage)
+    with torch.no_grad():
+        states = teacher(batch["input_ids"], output_hidden_states=True).hidden_states
+        given, goal = states[1], states[4]
+        position = teacher.model.rotary_emb(given, torch.arange(16)[None])
+        output = student.model.layers[1](given, position_embeddings=position)
+    keep = scored_positions(batch)
+    torch.testing.assert_close(terms["loss"], boundary_loss(output[keep], goal[keep], kind="mse"))
+    terms["loss"].backward()
+    reached = {name.split(".")[2] for name, p in student.named_parameters() if p.grad is not None}
+    assert reached == {"1"}
+
+
+def test_local_on_the_students_own_inputs_keeps_the_gradient_in_the_layer(batch: dict[str, Tensor]):
+    level = Local(inputs="student")
+    history = MERGED.append(MergeStep((2, 3), {"class_path": "Drop"}, (1.0, 0.0)))
+    both, student, _ = passes(batch, history, (level,))
+    assert set(both.alone) == {1, 2}
+    with torch.no_grad():
+        mine = student(batch["input_ids"], output_hidden_states=True).hidden_states
+    torch.testing.assert_close(both.alone[1], mine[2])  # what the layer makes of its own input is its output
+    objective((level,), both, history.lineage)["loss"].backward()
+    reached = {name.split(".")[2] for name, p in student.named_parameters() if p.grad is not None}
+    assert reached == {"1", "2"}
+
+
+def test_nothing_is_run_that_no_level_needs(batch: dict[str, Tensor]):
+    def ran(*levels: Level) -> tuple[list[int], list[int]]:
+        model = builders.tiny_llama()
+        student = second_view(model)
+        surgery.apply_all(student, MERGED.steps)
+        seen: tuple[list[int], list[int]] = ([], [])
+        for numbers, each in zip(seen, (model, student), strict=True):
+            for index, layer in enumerate(each.model.layers):
+                layer.register_forward_hook(lambda *_, index=index, numbers=numbers: numbers.append(index))
+        objective(levels, run(levels, batch, student, Teacher(model), MERGED.lineage), MERGED.lineage)
+        return seen
+
+    assert ran(Labels()) == ([], [0, 1, 2, 3])
+    assert ran(Logits()) == ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3])
+    assert ran(Boundary()) == ([0, 1, 2, 3], [0, 1])
+    assert ran(Local()) == ([0, 1, 2, 3], [1])
+
+
+def test_student_that_shares_its_prefix_has_the_same_loss_and_gradients(batch: dict[str, Tensor]):
+    found = []
+    for prefix in (0, 1):
+        model = builders.tiny_llama()
+        student = second_view(model)
+        surgery.apply_all(student, MERGED.steps)
+        student.requires_grad_(False)
+        student.model.layers[1:].requires_grad_(True)
+        terms = objective(EVERY, run(EVERY, batch, student, Teacher(model), MERGED.lineage, prefix), MERGED.lineage)
+        terms["loss"].backward()
+        found.append((terms["loss"].detach(), [p.grad for p in student.parameters() if p.requires_grad]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("pad_left", [True, False])
+def test_padding_changes_nothing(batch: dict[str, Tensor], pad_left: bool):
+    levels: tuple[Level, ...] = (*EVERY, Local())
+    plain = objective(levels, passes(batch, MERGED, levels)[0], MERGED.lineage)
+    ids, pad = batch["input_ids"], torch.full((2, 5), 7)
+
+    def beside(inner: Tensor, outer: Tensor) -> Tensor:
+        return torch.cat([outer, inner] if pad_left else [inner, outer], 1)
+
+    mask = beside(torch.ones_like(ids), torch.zeros_like(pad))
+    # The first token of a text is nobody's target, and with padding before it would be.
+    labels = batch["labels"].clone()
+    labels[:, 0] = -100
+    padded = {
+        "input_ids": beside(ids, pad),
+        "labels": beside(labels, torch.full_like(pad, -100)),
+        "attention_mask": mask,
+    }
+    terms = objective(levels, passes(padded, MERGED, levels)[0], MERGED.lineage)
+    for name, value in plain.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_boundary_fades_and_scales_with_the_logits(batch: dict[str, Tensor]):
+    both, _, _ = passes(batch, MERGED, EVERY)
+    half = (Logits(), Boundary(0.8, final_weight=0.0))
+    terms = objective(half, both, MERGED.lineage, progress=0.75)
+    torch.testing.assert_close(terms["loss"], terms["logits"] + 0.2 * terms["boundary"])
+    share = (Logits(), Boundary(0.5, scale="logits"))
+    terms = objective(share, both, MERGED.lineage)
+    torch.testing.assert_close(terms["loss"], 1.5 * terms["logits"])
+    with pytest.raises(InputError, match="scale=logits needs Logits"):
+        check((Boundary(scale="logits"),))

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lcprune import DistillationModule, Labels, Logits
-from lcprune.distillation.teacher import Teacher, forward, head_weight, load, own, second_view
+from lcprune.distillation.passes import Wanted, forward
+from lcprune.distillation.teacher import Teacher, head_of, load, own, second_view
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeStep
@@ -72,7 +73,8 @@ def test_teacher_box_copies_to_itself_and_is_frozen():
 def test_teacher_states_carry_no_gradient_and_its_own_dtype(batch: dict[str, Tensor]):
     box = Teacher(builders.tiny_llama())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        states = box(batch, [0, 4])
+        states = box(batch, Wanted(outputs=(0, 4)))
+    assert states.last is not None
     assert states.last.dtype == torch.float32
     assert not states.last.requires_grad
     assert sorted(states.layers) == [0, 4]
@@ -83,8 +85,8 @@ def test_teacher_states_carry_no_gradient_and_its_own_dtype(batch: dict[str, Ten
 def test_last_state_times_head_is_the_logits(family: builders.Family, batch: dict[str, Tensor]):
     model = builders.tiny_llama(tied=False, model_type=family)
     with torch.no_grad():
-        states = forward(model, batch, range(6))
-        torch.testing.assert_close(states.last @ head_weight(model).t(), model(batch["input_ids"]).logits)
+        states = forward(model, batch, Wanted(outputs=range(6)))
+        torch.testing.assert_close(head_of(model)(states.last), model(batch["input_ids"]).logits)
         hidden = model(batch["input_ids"], output_hidden_states=True).hidden_states
     for layer in range(5):
         assert states.layers[layer].equal(hidden[layer + 1])

@@ -277,6 +277,12 @@ def test_depths_that_the_planner_refuses_are_not_tried():
         feasible_depths(FixedPlan([[8, 9]]), 6)
 
 
+@pytest.mark.parametrize("planner", [GreedyPlanner(), OneShotRanking()], ids=str)
+def test_single_layer_leaves_nothing_to_measure(planner: Planner):
+    with pytest.raises(InputError, match=r"1 layer: to merge takes 2 or more"):
+        plan(tiny_llama(1), TEXT, max_perplexity_ratio=2.0, planner=planner)
+
+
 @dataclass(frozen=True)
 class Counting(OneShotRanking):
     """Nested plans, counted."""

@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from lcprune.delivery.export import export
-from lcprune.distillation.teacher import head_weight
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
@@ -250,14 +249,6 @@ def test_concat_by_measured_activity_survives_saving(family: Family, tmp_path: P
     model = tiny_llama(model_type=family)
     surgery.apply(model, step(1, 2, operator=Concat()), partial(measure_activity, model, padded()))
     assert torch.equal(logits_of(reloaded(model, tmp_path)), logits_of(model))
-
-
-@pytest.mark.parametrize(
-    ("family", "more"), [("phi", "a bias"), ("gemma2", r"final_logit_softcapping=2\.0")], ids=["bias", "cap"]
-)
-def test_head_that_the_losses_do_not_compute_is_refused(family: Family, more: str):
-    with pytest.raises(InputError, match=f"has a head with {more}, which the distillation losses do not compute"):
-        head_weight(tiny_llama(model_type=family))
 
 
 # Layers of several kinds.

@@ -1,0 +1,237 @@
+"""From last states to a loss without full logits: the output head and the loss in one.
+
+`fused` walks over chunks of tokens and takes the gradient of each on the way, so that memory does not grow with the
+number of tokens and nothing is computed twice. What is frozen gets no buffer: with a trained adapter on a frozen head
+nothing of the head's size is held beside it. Legend: `N` tokens, `C` tokens of a chunk, `D` hidden, `V` vocabulary,
+`R` rank of an adapter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcprune.distillation.divergences import Chunk, Divergence, Weights, value_and_gradient
+from lcprune.distillation.head import Head
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `fused` computes, and in what."""
+
+    divergence: Divergence
+    """The term that the teacher teaches."""
+    divergence_weight: float
+    """Its factor; 0 = the teacher's logits are not even computed."""
+    labels_weight: float
+    """Factor of the cross-entropy."""
+    chunk: int
+    """C; memory is proportional to C * V."""
+    dtype: torch.dtype
+    """What the matrix products are computed in; all else is float32, or float64 where this is."""
+
+
+def fused(
+    student_ND: Tensor, student: Head, teacher_ND: Tensor, teacher: Head, targets_N: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum, divergence and cross-entropy, means over the N tokens; only the weighted sum has a gradient."""
+    with torch.autocast(student_ND.device.type, enabled=False):
+        return _FusedHead.apply(
+            student_ND, *student.tensors, teacher_ND.detach(), teacher.detach(), student, targets_N, settings
+        )
+
+
+class _FusedHead(torch.autograd.Function):
+    """Loss and gradient chunk by chunk; `backward` only scales what `forward` has computed."""
+
+    @staticmethod
+    def forward(ctx, student_ND, weight, bias, down, up, teacher_ND, teacher, student, targets_N, settings):  # type: ignore[no-untyped-def]
+        student_low, teacher_low = student.detach().to(settings.dtype), teacher.to(settings.dtype)
+        scratch = _Scratch(min(settings.chunk, max(len(targets_N), 1)), student.weight_VD, settings.dtype)
+        gradients = _Gradients(student_ND, student_low, ctx.needs_input_grad[:5], scratch.dtype)
+        teach = torch.zeros((), dtype=scratch.dtype, device=student_ND.device)
+        ce = torch.zeros_like(teach)
+        for begin in range(0, len(targets_N), settings.chunk):
+            part = slice(begin, begin + settings.chunk)
+            states_CD = student_ND[part].to(settings.dtype)
+            logits_CV = scratch.logits(0, states_CD, student_low)
+            slope_CV = scratch.slope(logits_CV, student.cap)
+            if settings.divergence_weight:
+                teacher_CV = scratch.logits(1, teacher_ND[part].to(settings.dtype), teacher_low)
+                chunk_teach, chunk_ce, grad_CV = _both(logits_CV, teacher_CV, targets_N[part], settings, scratch)
+                teach += chunk_teach
+            else:
+                chunk_ce, grad_CV = _cross_entropy(logits_CV, targets_N[part], settings.labels_weight, scratch)
+            ce += chunk_ce
+            if slope_CV is not None:
+                grad_CV *= slope_CV
+            gradients.add(part, grad_CV, states_CD)
+        divisor = float(max(len(targets_N), 1))
+        # Only here, after the products: before, float16 would lose the small entries.
+        ctx.save_for_backward(*gradients.times(student.scale / divisor))
+        ctx.dtypes = [None if given is None else given.dtype for given in (student_ND, weight, bias, down, up)]
+        teach, ce = teach / divisor, ce / divisor
+        ctx.mark_non_differentiable(teach, ce)
+        return settings.divergence_weight * teach + settings.labels_weight * ce, teach, ce
+
+    @staticmethod
+    def backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
+        # In place: nobody else holds them, and another [V, D] would cost more than the multiplication.
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_total.to(gradient.dtype)).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None, None)
+
+
+class _Gradients:
+    """Gradients of states, W, b, A and B, summed over chunks without the head's scale; None for what is frozen."""
+
+    def __init__(self, states_ND: Tensor, head: Head, needed: tuple[bool, ...], dtype: torch.dtype) -> None:
+        self._head = head
+        self._states = torch.empty_like(states_ND) if needed[0] else None
+        self._sums = [
+            torch.empty_like(tensor, dtype=dtype) if tensor is not None and need else None
+            for tensor, need in zip(head.tensors, needed[1:], strict=True)
+        ]
+        self._filled = False
+
+    def add(self, part: slice, grad_CV: Tensor, states_CD: Tensor) -> None:
+        """Takes in one chunk: the gradient of its logits before the scale, and its states."""
+        weight, bias, down, up = self._sums
+        if bias is not None:
+            self._add(bias[None], torch.ones_like(grad_CV[:, :1]).t(), grad_CV)
+        grad_CV = grad_CV.to(states_CD.dtype)
+        self._add(weight, grad_CV.t(), states_CD)
+        if self._states is not None:
+            self._states[part] = grad_CV @ self._head.weight_VD
+        adapter = self._head.low_rank
+        if adapter is not None:
+            self._add(up, grad_CV.t(), (states_CD @ adapter.down_RD.t()).mul_(adapter.scaling))
+            grad_CR = (grad_CV @ adapter.up_VR).mul_(adapter.scaling)
+            self._add(down, grad_CR.t(), states_CD)
+            if self._states is not None:
+                self._states[part] += grad_CR @ adapter.down_RD
+        self._filled = True
+
+    def times(self, factor: float) -> list[Tensor | None]:
+        """All gradients times a factor, in place; 0 if there was no chunk."""
+        return [
+            gradient if gradient is None else gradient.mul_(factor) if self._filled else gradient.zero_()
+            for gradient in (self._states, *self._sums)
+        ]
+
+    def _add(self, total: Tensor | None, left: Tensor, right: Tensor) -> None:
+        """Adds left right to a sum; without a temporary where the dtypes allow it."""
+        if total is None:
+            return
+        if left.dtype == total.dtype:
+            total.addmm_(left, right, beta=int(self._filled))
+        elif self._filled:
+            total += left @ right
+        else:
+            total.copy_(left @ right)
+
+
+class _Scratch:
+    """Buffers [C, V] that every chunk uses again, made when they are first asked for.
+
+    0 and 1 hold the logits of student and teacher, 2 and 3 what is made of them, 4 the slope of a soft cap, 5 the
+    gradient of a cross-entropy whose temperature is not the divergence's. On CPUs fresh pages for every temporary cost
+    more than the arithmetic on them.
+    """
+
+    def __init__(self, chunk: int, head_VD: Tensor, compute: torch.dtype) -> None:
+        self.dtype = torch.promote_types(compute, torch.float32)
+        self._shape, self._device = (chunk, len(head_VD)), head_VD.device
+        self._buffers: dict[int, Tensor] = {}
+        low = compute != self.dtype
+        self._product = torch.empty(self._shape, dtype=compute, device=self._device) if low else None
+
+    def empty(self, index: int, rows: int) -> Tensor:
+        """The first rows of a buffer, with whatever they hold."""
+        if index not in self._buffers:
+            self._buffers[index] = torch.empty(self._shape, dtype=self.dtype, device=self._device)
+        return self._buffers[index][:rows]
+
+    def logits(self, index: int, states_CD: Tensor, head: Head) -> Tensor:
+        """Logits [C, V] in a buffer; products in the dtype of the states, sums in float32."""
+        out_CV = self.empty(index, len(states_CD))
+        self._multiply(out_CV, states_CD, head.weight_VD)
+        if head.low_rank is not None:
+            low_CR = states_CD @ head.low_rank.down_RD.t()
+            self._multiply(out_CV, low_CR, head.low_rank.up_VR, add=head.low_rank.scaling)
+        if head.bias_V is not None:
+            out_CV += head.bias_V
+        if head.scale != 1:
+            out_CV *= head.scale
+        return out_CV if head.cap is None else out_CV.div_(head.cap).tanh_().mul_(head.cap)
+
+    def slope(self, logits_CV: Tensor, cap: float | None) -> Tensor | None:
+        """The derivative 1 - (z / cap)**2 of capped logits; None without a cap, where it is 1."""
+        if cap is None:
+            return None
+        slope_CV = torch.mul(logits_CV, logits_CV, out=self.empty(4, len(logits_CV)))
+        return slope_CV.mul_(-1 / cap**2).add_(1)
+
+    def _multiply(self, out_CV: Tensor, left: Tensor, right: Tensor, *, add: float | None = None) -> None:
+        """Out = left right^T, or out += add * left right^T."""
+        if self._product is None:
+            torch.addmm(
+                out_CV, left, right.t(), beta=0 if add is None else 1, alpha=1 if add is None else add, out=out_CV
+            )
+            return
+        product_CV = torch.mm(left, right.t(), out=self._product[: len(left)])
+        out_CV.copy_(product_CV) if add is None else out_CV.add_(product_CV, alpha=add)
+
+
+def _both(
+    logits_CV: Tensor, teacher_CV: Tensor, targets_C: Tensor, settings: Settings, scratch: _Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of temperature**2 * divergence and of cross-entropies, and the gradient of the weighted sum.
+
+    d/dz of temperature**2 * D(z / temperature) is temperature * D'. Buffers 0 to 3 are used up.
+    """
+    rows, temperature = len(logits_CV), settings.divergence.temperature
+    ce = torch.zeros((), dtype=scratch.dtype, device=logits_CV.device)
+    apart = bool(settings.labels_weight) and temperature != 1
+    if apart:
+        # Another softmax, at temperature 1; buffers 2 and 3 are free again when its gradient lies in a third.
+        ce, hard_CV = _cross_entropy(logits_CV, targets_C, settings.labels_weight, scratch)
+        scratch.empty(5, rows).copy_(hard_CV)
+    if temperature != 1:
+        logits_CV /= temperature
+        teacher_CV /= temperature
+    log_q = torch.log_softmax(logits_CV, -1, out=scratch.empty(2, rows))
+    log_p = torch.log_softmax(teacher_CV, -1, out=scratch.empty(3, rows))
+    together = settings.labels_weight if not apart else 0.0
+    if together:
+        ce = _nats(log_q, targets_C)
+    value_C, grad_CV = value_and_gradient(
+        Chunk(log_q, log_p, (logits_CV, teacher_CV)),
+        settings.divergence,
+        Weights(settings.divergence_weight * temperature, together),
+    )
+    if together:
+        _subtract_at(grad_CV, targets_C, together)
+    if apart:
+        grad_CV += scratch.empty(5, rows)
+    return value_C.sum() * temperature**2, ce, grad_CV
+
+
+def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, weight: float, scratch: _Scratch) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies and weight * (softmax - onehot), in buffers 2 and 3; the logits stay."""
+    log_q = torch.log_softmax(logits_CV, -1, out=scratch.empty(2, len(logits_CV)))
+    grad_CV = torch.exp(log_q, out=scratch.empty(3, len(logits_CV))).mul_(weight)
+    _subtract_at(grad_CV, targets_C, weight)
+    return _nats(log_q, targets_C), grad_CV
+
+
+def _nats(log_q_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """Sum of -log q(target)."""
+    return -log_q_CV.gather(1, targets_C[:, None]).sum()
+
+
+def _subtract_at(grad_CV: Tensor, targets_C: Tensor, weight: float) -> None:
+    at = targets_C[:, None]
+    grad_CV.scatter_add_(1, at, torch.full_like(at, -weight, dtype=grad_CV.dtype))

@@ -1,0 +1,46 @@
+"""Phases follow one another by the step alone, and begin anew where they are told to."""
+
+import pytest
+
+from lcprune.distillation.levels import Labels, Logits
+from lcprune.distillation.phases import Phase, check, now
+from lcprune.errors import InputError
+
+FIRST, SECOND, LAST = Phase([Logits()], steps=4), Phase([Labels()], steps=2), Phase([Logits(), Labels()])
+PHASES = (FIRST, SECOND, LAST)
+
+
+@pytest.mark.parametrize(
+    ("step", "phase", "progress"),
+    [(0, FIRST, 0), (3, FIRST, 0.75), (4, SECOND, 0), (5, SECOND, 0.5), (6, LAST, 0), (9, LAST, 0.75), (99, LAST, 1)],
+)
+def test_phases_follow_one_another_by_the_step(step: int, phase: Phase, progress: float):
+    found = now(PHASES, step, end=10)
+    assert (found.phase, found.progress) == (phase, progress)
+
+
+def test_phases_are_counted_from_where_they_began():
+    assert now(PHASES, 7, begun=7, end=20) == now(PHASES, 0, end=13)
+    assert now(PHASES, 12, begun=7, end=20).phase == SECOND
+
+
+def test_phase_without_a_known_end_makes_no_progress():
+    assert now(PHASES, 1000).progress == 0
+    assert now((LAST,), 1000).progress == 0
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [([], "at least one"), ([FIRST, SECOND], r"steps=\[4, 2\]"), ([LAST, LAST], r"steps=\[None, None\]")],
+)
+def test_phases_that_leave_a_gap_are_refused(phases: list[Phase], message: str):
+    with pytest.raises(InputError, match=message):
+        check(phases)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"steps": 0}, "steps=0"), ({"train": "head"}, "train='head' must be one of all, layers")]
+)
+def test_phase_that_cannot_be_is_refused(settings: dict[str, object], message: str):
+    with pytest.raises(InputError, match=message):
+        Phase([Logits()], **settings)  # type: ignore[arg-type]
