@@ -242,6 +242,8 @@ class PrefixCache:
         """
         self._model, self._layout = model, layout_of(model.config)
         self._batches = batches
+        self.last: list[Tensor] = []
+        """The recorded model's last states [B, T, D], after the final norm, batch by batch."""
         self._states: list[list[Tensor]] = []
         # Masks and rotary embeddings differ between kinds of layers; a layer's number, and even the kind of a module,
         # may change when others are merged into it.
@@ -270,7 +272,7 @@ class PrefixCache:
                 for batch in track(self._batches, "keeping the stream before every layer"):
                     self._states.append([])
                     self._arguments.append({})
-                    hidden_states(self._model, batch)
+                    self.last.append(hidden_states(self._model, batch))
         finally:
             for handle in handles:
                 handle.remove()
@@ -378,4 +380,8 @@ class Calibration:
 
     def prefixes(self, highest: int) -> PrefixCache:
         """The stream before layers 0 .. `highest` of the model as it is."""
-        return PrefixCache(self.model, self.batches, highest)
+        cache = PrefixCache(self.model, self.batches, highest)
+        if self.original is None:
+            # That pass was the original model's: it need not run again to be compared with.
+            vars(self).setdefault("reference", tuple(cache.last))
+        return cache

@@ -223,8 +223,8 @@ class ThresholdPlanner(Planner):
         base = min(self.highest if self.highest is not None else depth, depth) - self.layers_per_merge
         if base < self.lowest:
             return ()
-        calibration.reference  # noqa: B018 - taken now: inside a trial it would be the trial's own
         prefixes = calibration.prefixes(base)
+        calibration.reference  # noqa: B018 - taken now: inside a trial it would be the trial's own
         criterion, steps = OutputSimilarity(), []
         with ExitStack() as accepted:
             # Every attempt moves the base down: so many at most.

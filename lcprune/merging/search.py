@@ -12,7 +12,8 @@ to layer. What keeps the search short:
                 most; later rounds look only where the last look promised most ("lazy greedy"; gains shrink as the
                 model does), and next to the latest merge
     prefix      the streams before every layer are kept, and after a merge run again only from there on
-    halves      a candidate that half of the held-out text finds clearly worse than the best does not see the other
+    halves      a candidate that half of the held-out text finds clearly worse than the best does not see the other;
+                the first round begins where the stream turns least, so that a good one is known early
 
 Greedy search over single layers by loss is SLEB's (arXiv:2402.09025); scoring after a closed-form refit is ours.
 Memory: states [B, T, D] of the fitting text before every layer, of teacher and student, and of the held-out text.
@@ -25,6 +26,7 @@ from math import exp, inf, isnan
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from lcprune.errors import InputError
 from lcprune.merging import surgery
@@ -95,7 +97,7 @@ class RefitSearch(Planner):
         with ExitStack() as accepted:
             for _ in track(range(max(0, calibration.depth - target)), "searching merges"):
                 found: dict[Look, _Candidate] = {}
-                for looks in self._waves(damage, history, len(operators)):
+                for looks in self._waves(damage, history, len(operators), bench.turns):
                     found |= bench.look(looks, history.lineage, found.values())
                     damage.update({look: candidate.damage for look, candidate in found.items()})
                 best = min((one for one in found.values() if one.judged), key=lambda one: one.loss)
@@ -108,11 +110,13 @@ class RefitSearch(Planner):
                 bench.refresh(best.step.base)
         return with_weight_cosines(calibration, steps)
 
-    def _waves(self, damage: dict[Look, float], history: MergeHistory, operators: int) -> Iterable[list[Look]]:
+    def _waves(
+        self, damage: dict[Look, float], history: MergeHistory, operators: int, turns: Sequence[float]
+    ) -> Iterable[list[Look]]:
         """What a round looks at, the most promising first; `damage` fills up between one wave and the next."""
         ends = [ancestors[-1] for ancestors in history.lineage[:-1]]
         if not damage:
-            yield [(end, 0) for end in reversed(ends)]
+            yield [(end, 0) for end in sorted(ends, key=lambda end: turns[end + 1])]
             best = sorted(ends, key=lambda end: damage[end, 0])[: self.candidates]
             yield [(end, number) for end in best for number in range(1, operators)]
             return
@@ -182,9 +186,13 @@ class _Bench:
         self._teacher = Stream(original, fitting)
         self._fit_before, self._held_before = [list(self._fit.states)], [list(self._held.states)]
         self._targets: list[list[Tensor]] = []
+        self.turns: list[float] = []
+        """How far each teacher layer turns the stream, 1 - mean cosine: who is tried first."""
         for layer in track(self._layout.layers_of(original), "reading text with the original model"):
+            before = self._teacher.states[0]
             self._teacher.advance(layer)
             self._targets.append(list(self._teacher.states))
+            self.turns.append(1 - cosine_similarity(before.float(), self._teacher.states[0].float(), -1).mean().item())
         if calibration.original is None:
             # The student is its own original as yet: its states are the teacher's, and held once.
             self._fit_before += self._targets[:-1]
