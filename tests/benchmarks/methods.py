@@ -95,7 +95,11 @@ CHOICES: dict[str, tuple[Sequence[Planner], Operator]] = {
 }
 METHODS: dict[str, Method] = {
     f"{choice}{refit}": Method(*CHOICES[choice], REFITS[refit]) for choice, refit in product(CHOICES, REFITS)
-} | {"best": Method([RefitSearch(also=[Drop("last"), Concat(selection="joint")])], Drop("first"), RidgeRefit())}
+} | {
+    "best": Method(
+        [RefitSearch(also=[Drop("last"), Concat(selection="joint"), WeightedAverage()])], Drop("first"), RidgeRefit()
+    )
+}
 CROSSED: dict[str, Method] = {
     f"{choice.replace('-', '.', 1)}>{operator}{refit}": Method(*CHOICES[choice], REFITS[refit], OPERATORS[operator])
     for choice, operator, refit in product(CHOICES, OPERATORS, REFITS)

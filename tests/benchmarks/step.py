@@ -1,98 +1,176 @@
-"""What a distillation step costs beside what it cannot do without: `python tests/benchmarks/step.py [--tokens 512]`.
+"""What a distillation step costs: `python tests/benchmarks/step.py [--random llama-3.2-1b --device cuda]`.
 
-    ours     DistillationModule's step: teacher, student, Logits + Boundary(merged), backward
-    plain    transformers' own: teacher forward to logits, student forward with labels (cross-entropy), backward
+    plain          transformers' own: teacher forward to logits, student forward with labels (cross-entropy), backward
+    all            ours: Logits + Boundary, everything trains
+    after_merge    the same, every layer from the first merged one on trains; what is before runs once for both
+    local          ours: Local, every merged layer learns alone
 
-Both on the same teacher and the same student (24 of SmolLM2's 30 layers), batch, dtypes and autocast, in alternation
-in one process, so that whatever else the machine does meets both. The optimizer's step is in neither. The last line is
-one JSON object; `overhead_ratio` = median over repeats of ours / plain.
+    overhead_ratio = all / plain     after_merge_speedup = all / after_merge     local_speedup = all / local
+
+All on the same teacher, the same student (a fifth of the layers merged: pairs of neighbours from layer 12 of 30, or as
+far up in a model of another depth), batch, dtypes and autocast, each pair of steps in alternation in one process, so
+that whatever else the machine does meets both. The optimizer's step is in none. Every figure is the median over repeats
+of the quotient; the last line is one JSON object.
 """
 
 import argparse
 import json
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
-from lcprune import Boundary, Calibration, DistillationModule, Drop, Logits, OneShotRanking
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lcprune import Boundary, Calibration, DistillationModule, Drop, FixedPlan, Local, Logits
 from lcprune.demo import DEMO
+from lcprune.distillation.levels import Level
+from lcprune.distillation.trained import Trained
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Batch
+from tests.benchmarks.shapes import SHAPES, config_of, pairs, save_random
+
+Step = Callable[[], torch.Tensor]
+SETTINGS: dict[str, tuple[list[Level], Trained]] = {
+    "all": ([Logits(), Boundary()], "all"),
+    "after_merge": ([Logits(), Boundary()], "after_merge"),
+    "local": ([Local()], "all"),
+}
 
 
-def shortened(module: DistillationModule, depth: int, batch: Batch) -> None:
-    """Drops the layers of least block influence at once."""
-    steps = OneShotRanking().plan(Calibration(module.student, [batch]), Drop(), depth)
-    surgery.apply_all(module.student, steps)
-    module.history = module.history.extend(steps)
+class Bench:
+    """One teacher, one batch, and modules that differ in nothing but their settings."""
+
+    def __init__(self, model: str, given: argparse.Namespace) -> None:
+        self.model, self.given = model, given
+        config = DistillationModule(teacher=model).teacher_config
+        depth = config.num_hidden_layers
+        target = given.depth or round(depth * 24 / 30)
+        self.groups = pairs(depth, target, round(depth * 12 / 30) if given.first is None else given.first)
+        length = min(given.block_size, given.tokens)
+        input_ids = torch.randint(config.vocab_size, (given.tokens // length, length), device=given.device)
+        self.batch: Batch = {"input_ids": input_ids, "labels": input_ids.clone()}
+
+    def module(self, name: str) -> DistillationModule:
+        """A merged module of one of the settings, on the device."""
+        objective, train = SETTINGS[name]
+        module = DistillationModule(
+            teacher=self.model, objective=objective, train=train, teacher_dtype=self.given.dtype, dtype="float32"
+        )
+        module.configure_model()
+        assert module.teacher is not None
+        module.teacher.model.to(self.given.device)
+        module.to(self.given.device)
+        module.log = module.log_dict = lambda *_, **__: None  # type: ignore[assignment]  # there is no trainer
+        depth = module.history.depth - len(self.groups)
+        steps = FixedPlan(self.groups).plan(Calibration(module.student, [self.batch]), Drop(), depth)
+        surgery.apply_all(module.student, steps)
+        module.history = module.history.extend(steps)
+        module.choose_trained()
+        return module
+
+    def ours(self, module: DistillationModule) -> Step:
+        """A step of ours, to its loss."""
+
+        def step() -> torch.Tensor:
+            with self._autocast():
+                return module.training_step(self.batch, 0)
+
+        return step
+
+    def plain(self, module: DistillationModule) -> Step:
+        """The same models as transformers runs them."""
+
+        def step() -> torch.Tensor:
+            assert module.teacher is not None
+            with torch.no_grad(), torch.autocast(self.given.device, enabled=False):
+                _ = module.teacher.model(input_ids=self.batch["input_ids"], use_cache=False).logits
+            with self._autocast():
+                return module.student(**self.batch, use_cache=False).loss
+
+        return step
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.given.device, dtype=torch.bfloat16, enabled=self.given.dtype == "bfloat16")
+
+    def seconds(self, step: Step, module: DistillationModule) -> float:
+        """Time of one forward and backward pass, gradients dropped afterwards."""
+        self._wait()
+        begin = time.perf_counter()
+        step().backward()
+        self._wait()
+        taken = time.perf_counter() - begin
+        module.zero_grad(set_to_none=True)
+        return taken
+
+    def _wait(self) -> None:
+        if self.given.device == "cuda":
+            torch.cuda.synchronize()
+
+    def in_turn(self, *steps: tuple[Step, DistillationModule]) -> list[list[float]]:
+        """Seconds of each, once per repeat, after one that warms up."""
+        for step in steps:
+            self.seconds(*step)
+        rows = [[self.seconds(*step) for step in steps] for _ in range(self.given.repeats)]
+        return [list(column) for column in zip(*rows, strict=True)]
 
 
-def seconds(step: Callable[[], torch.Tensor], module: DistillationModule) -> float:
-    """Time of one forward and backward pass, gradients dropped afterwards."""
-    device = module.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    step().backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    taken = time.perf_counter() - begin
-    module.zero_grad(set_to_none=True)
-    return taken
+def quotient(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median over repeats."""
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 4)
 
 
-def main() -> None:
+def measure(bench: Bench) -> dict[str, object]:
+    """The three figures and the seconds behind them."""
+    everything = bench.module("all")
+    mine, plain = bench.in_turn((bench.ours(everything), everything), (bench.plain(everything), everything))
+    result: dict[str, object] = {"overhead_ratio": quotient(mine, plain)}
+    seconds = {"step_s": mine, "plain_s": plain}
+    for name in ("after_merge", "local"):
+        other = bench.module(name)
+        mine, theirs = bench.in_turn((bench.ours(everything), everything), (bench.ours(other), other))
+        result[f"{name}_speedup"] = quotient(mine, theirs)
+        seconds[f"{name}_s"] = theirs
+        del other
+    return result | {name: round(statistics.median(values), 4) for name, values in seconds.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEMO, help="teacher: hub name, folder or demo:smollm2")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens in a batch, in blocks of 256")
+    parser.add_argument("--random", choices=list(SHAPES), help="a random model of this shape instead")
+    parser.add_argument("--layers", type=int, help="of --random, instead of the shape's own")
+    parser.add_argument("--hidden", type=int, help="of --random")
+    parser.add_argument("--vocabulary", type=int, help="of --random")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens in a batch")
+    parser.add_argument("--block-size", type=int, default=256, help="tokens in a block")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of steps that are timed")
-    parser.add_argument("--depth", type=int, default=24, help="layers of the student")
+    parser.add_argument("--depth", type=int, help="layers of the student; default: 24 of 30")
+    parser.add_argument("--first", type=int, help="first merged layer; default: 12 of 30")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--float32", action="store_true", help="no autocast; default: bfloat16 as in bf16-mixed")
-    given = parser.parse_args()
-
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="bfloat16: as bf16-mixed")
+    given = parser.parse_args(arguments)
     torch.manual_seed(0)
-    module = DistillationModule(
-        teacher=given.model,
-        objective=[Logits(), Boundary()],
-        teacher_dtype="float32" if given.float32 else "bfloat16",
-    )
-    module.configure_model()
-    assert module.teacher is not None
-    teacher = module.teacher.model.to(given.device)
-    module.to(given.device)
-    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[assignment]  # there is no trainer
-    length = min(256, given.tokens)
-    shape = (given.tokens // length, length)
-    input_ids = torch.randint(module.teacher_config.vocab_size, shape, device=given.device)
-    batch = {"input_ids": input_ids, "labels": input_ids.clone()}
-    shortened(module, given.depth, batch)
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(given.device, dtype=torch.bfloat16, enabled=not given.float32)
-
-    def ours() -> torch.Tensor:
-        with autocast():
-            return module.training_step(batch, 0)
-
-    def plain() -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(given.device, enabled=False):
-            _ = teacher(input_ids=input_ids, use_cache=False).logits
-        with autocast():
-            return module.student(**batch, use_cache=False).loss
-
-    for step in (ours, plain):
-        seconds(step, module)
-    pairs = [(seconds(ours, module), seconds(plain, module)) for _ in range(given.repeats)]
-    result = {
-        "overhead_ratio": round(statistics.median(mine / theirs for mine, theirs in pairs), 4),
-        "step_s": round(statistics.median(mine for mine, _ in pairs), 4),
-        "plain_s": round(statistics.median(theirs for _, theirs in pairs), 4),
+    with tempfile.TemporaryDirectory() as folder:
+        model = given.model
+        if given.random is not None:
+            config = config_of(given.random, layers=given.layers, hidden=given.hidden, vocabulary=given.vocabulary)
+            model = str(save_random(Path(folder), config))
+        elif any(value is not None for value in (given.layers, given.hidden, given.vocabulary)):
+            parser.error("--layers, --hidden and --vocabulary are sizes of --random: name its shape.")
+        bench = Bench(model, given)
+        result = measure(bench)
+    result |= {
+        "model": given.random or given.model,
+        "merged": f"{len(bench.groups)} pairs from layer {bench.groups[0][0]}",
+        "tokens": int(bench.batch["input_ids"].numel()),
+        "dtype": given.dtype,
         "device": torch.cuda.get_device_name() if given.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "tokens": int(input_ids.numel()),
     }
     print(json.dumps(result))
 

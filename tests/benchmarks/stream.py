@@ -23,6 +23,8 @@ import torch
 import yaml
 from transformers import LlamaConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from lcprune.merging.shards import ShardWriter
 from lcprune.merging.streaming import stored_tensors, without_weights
 from tests.builders import EOS, VOCABULARY, tiny_tokenizer
