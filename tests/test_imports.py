@@ -19,14 +19,14 @@ ROOMS = {
     "merging": "progress lineage families architectures activity calibration streams remeasure regression observation "
     "operators concat surgery criteria gradients planners progressive greedy refit search budget within collapse "
     "shards streaming heatmaps",
-    "distillation": "schedules accumulation strategies randomness divergences head fused losses metrics levels trained "
-    "passes teacher phases objectives optim "
-    "checkpoint module callbacks",
+    "distillation": "schedules accumulation strategies randomness divergences buckets head fused losses metrics levels "
+    "trained passes quantized teacher adapters pair phases objectives cache fill "
+    "recall optim checkpoint module throughput callbacks",
     "data": "preprocess sources author generate module",
     "delivery": "pictures card export figures evaluate report",
 }
 ROOMS_BELOW = {"merging": (), "data": (), "distillation": ("merging",), "delivery": ("merging",)}
-LEAVES = ("errors", "demo", "_version")  # importable by all, importing only errors
+LEAVES = ("errors", "demo", "identity", "_version")  # importable by all, importing only errors and demo
 ENTRIES = ("", "cli", "__main__")  # with all files below them: importable by no room, importing what they like
 
 # Third-party libraries a place may import, the most exact name counting; a place without a line may import any.
@@ -37,6 +37,7 @@ LIBRARIES = {
     "merging.progress": (),
     "distillation.schedules": (),
     "distillation.divergences": ("torch",),
+    "distillation.buckets": ("torch",),
     "distillation.head": ("torch",),
     "distillation.fused": ("torch",),
     "distillation.losses": ("torch",),

@@ -29,11 +29,12 @@ from lcprune.cli.quiet import quieten
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import check_target, export
 from lcprune.delivery.figures import Figures, model_figures, throughput
-from lcprune.distillation import checkpoint
+from lcprune.distillation import adapters, checkpoint
 from lcprune.distillation.callbacks import ProgressiveCollapse, measure
 from lcprune.distillation.module import DistillationModule
-from lcprune.distillation.optim import RewarmingCosine  # noqa: F401 - short names in recipes are those imported here
+from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F401 - short names in recipes
 from lcprune.distillation.teacher import cast, stored_dtype
+from lcprune.distillation.throughput import Throughput  # noqa: F401
 from lcprune.errors import InputError
 from lcprune.merging.gradients import Magnitude, Taylor  # noqa: F401
 from lcprune.merging.greedy import GreedyPlanner  # noqa: F401
@@ -166,6 +167,7 @@ class RecipeCLI(LightningCLI):
         device = self.trainer.strategy.root_device
         self.model.to(device)
         self.model.teacher.model.to(device)
+        adapters.fold(self.model.student)
         cast(self.model.student, stored_dtype(self.model.teacher_config))
         final = measure(self.trainer, self.model)
         folder = self.run_folder  # asks all ranks

@@ -27,13 +27,12 @@ from lcprune import demo
 from lcprune.data.author import Author
 from lcprune.data.sources import read_file
 from lcprune.errors import DiskError, InputError
+from lcprune.identity import content_of
 
 COLUMN = "text"
 """Where a line of the stored file has its text."""
 
 _FORMAT = 1  # of the sampling below; raised when the same settings come to give other texts
-_DECIDING = {".json", ".safetensors", ".bin", ".model", ".txt"}  # weights, config and tokenizer; no README
-_LARGE = 1 << 26  # bytes; hashes of larger files are remembered
 
 
 @dataclass(frozen=True)
@@ -210,45 +209,9 @@ def _origin(settings: Generate, name: str, prompts: Sequence[str]) -> dict[str, 
         "format": _FORMAT,
         "settings": {key: value for key, value in asdict(settings).items() if key not in ("model", "prompts")},
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest() if prompts else None,
-        "model": _content_of(name),
+        "model": content_of(name),
         "computed": "bfloat16 on cuda" if torch.cuda.is_available() else "stored dtype on cpu",
     }
-
-
-def _content_of(name: str) -> str:
-    """The hash of a folder's files, or a hub model's name and commit."""
-    folder = Path(demo.resolve(name))
-    if not folder.is_dir():
-        return f"{name}@{demo.read_config(name)._commit_hash}"
-    files = sorted(file for file in folder.iterdir() if file.suffix in _DECIDING)
-    lines = [f"{file.name} {_hash_of(file)}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _hash_of(file: Path) -> str:
-    """The SHA-256 of a file; a large one's is remembered as long as its size and time stay."""
-    stat = file.stat()
-    key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    memory = demo._cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
-    if memory.is_file():
-        return memory.read_text(encoding="utf-8")
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while piece := content.read(1 << 20):
-            digest.update(piece)
-    if stat.st_size >= _LARGE:
-        _remember(digest.hexdigest(), memory)
-    return digest.hexdigest()
-
-
-def _remember(digest: str, memory: Path) -> None:
-    beside = memory.with_suffix(f".{os.getpid()}")
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(digest, encoding="utf-8")
-        beside.rename(memory)
-    except OSError as error:
-        raise _no_room(memory, error) from error
 
 
 def _no_room(path: Path, error: OSError) -> DiskError:

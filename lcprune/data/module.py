@@ -236,6 +236,11 @@ class TextDataModule(L.LightningDataModule):
         """The held-out blocks, as for validation."""
         return self.val_dataloader()
 
+    def training_blocks(self) -> Tensor:
+        """Every training block [N, T] in the text's order, int32; works without a trainer and before `setup`."""
+        self.setup()
+        return self._blocks["training"]
+
     def calibration_batches(self) -> list[Batch]:
         """At most `calibration_blocks` training blocks, drawn by the seed, in the text's order; the same on every rank.
 

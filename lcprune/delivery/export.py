@@ -71,6 +71,7 @@ def export(
         RunError: The folder does not give the student back; nothing was left behind.
     """
     _check_depth(student, history, "The student")
+    _check_plain(student)
     with _replacing(out) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -194,6 +195,15 @@ def _check_depth(model: PreTrainedModel, history: MergeHistory, what: str) -> No
     depth = model.config.get_text_config().num_hidden_layers
     if depth != history.depth:
         raise RunError(f"{what} has num_hidden_layers={depth}, its history ends at {history.depth}: not exported.")
+
+
+def _check_plain(student: PreTrainedModel) -> None:
+    inner = next((name for name, _ in student.named_parameters() if ".lora_" in name or ".base_layer." in name), None)
+    if inner is not None:
+        raise InputError(
+            f"The student still has adapters ({inner}), which a plain folder cannot hold: make them part of its "
+            "weights first, with lcprune.distillation.adapters.fold(student)."
+        )
 
 
 def _prove(student: PreTrainedModel, folder: Path, history: MergeHistory) -> None:

@@ -22,10 +22,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lcprune.distillation import optim
+from lcprune.distillation import adapters, optim
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.module import DistillationModule
-from lcprune.distillation.schedules import Schedule
+from lcprune.distillation.schedules import Milestone, Schedule
 from lcprune.distillation.strategies import parameters_changed
 from lcprune.errors import InputError, RunError
 from lcprune.merging import surgery
@@ -33,7 +33,7 @@ from lcprune.merging.activity import Activity
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.collapse import with_refit
-from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, from_spec
 from lcprune.merging.planners import OneShotRanking, Planner
 from lcprune.merging.refit import Refit, repair
@@ -146,7 +146,35 @@ class ProgressiveCollapse(Callback):
                 f"collapse.schedule: {', '.join(missed)} lie before step {trainer.global_step}, where this run "
                 "resumes, and are not made up for"
             )
+        self._check_cache(trainer.global_step, module)
         self._merge_if_due(trainer, module)
+
+    def _check_cache(self, step: int, module: DistillationModule) -> None:
+        """Refuses a teacher cache that a later merge would find wanting; the module looks at the present lineage."""
+        lineages = self.foresee(module.history, step)
+        if lineages is not None or any(at > step for at, _ in self._ahead(module.history, step)):
+            module.check_cache(lineages)
+
+    def foresee(self, history: MergeHistory, step: int = 0) -> list[Lineage] | None:
+        """Every lineage that is trained from an optimizer step on; None where only planning will tell.
+
+        Args:
+            history: Of the student as it stands.
+            step: Optimizer steps done; a merge that is due now is still to come.
+        """
+        ahead = self._ahead(history, step)
+        lineage = history.lineage
+        lineages = [] if ahead and ahead[0][0] == step else [lineage]
+        for _, depth in ahead:
+            after = self.planner.foresee(lineage, depth)
+            if after is None:
+                return None
+            lineages.append(lineage := after)
+        return lineages
+
+    def _ahead(self, history: MergeHistory, step: int) -> list[Milestone]:
+        milestones = () if self.schedule is None else self.schedule.milestones(history.teacher_depth)
+        return [(at, depth) for at, depth in milestones if at >= step and depth < history.depth]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Remembers, for the length of the batch, how many optimizer steps were done before it."""
@@ -193,7 +221,7 @@ class ProgressiveCollapse(Callback):
         calibration = Calibration(
             module.student, source.calibration_batches(), original=module.teacher.model, history=module.history
         )
-        with _planning(trainer):
+        with _planning(trainer), adapters.plain(module.student):
             steps = with_refit(self.planner.plan(calibration, self.operator, target), self.refit)
         return tuple(replace(step, global_step=trainer.global_step) for step in steps)
 
@@ -207,18 +235,21 @@ def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeSte
             return measure_activity(module.student, batches, wanted)
 
     before = module.history
-    for step in steps:
-        outcome = surgery.apply(module.student, step, activity)
-        if batches:
-            _share(outcome.merged)
-        for optimizer in trainer.optimizers:
-            optim.carry_over(optimizer, outcome)
-        module.history = module.history.append(step)
-    if batches and steps[-1].refit is not None:
-        _repair(trainer, module, batches, before)
+    with adapters.plain(module.student) as adapted:
+        for step in steps:
+            outcome = surgery.apply(module.student, step, activity)
+            if batches:
+                _share(outcome.merged)
+            for optimizer in trainer.optimizers:
+                optim.carry_over(optimizer, outcome)
+            module.history = module.history.append(step)
+        if batches and steps[-1].refit is not None:
+            _repair(trainer, module, batches, before)
+    for optimizer in trainer.optimizers:
+        optim.carry_over(optimizer, adapted.outcome)
     optim.forget_gradients(list(module.student.parameters()))
     for config in trainer.lr_scheduler_configs:
-        if isinstance(config.scheduler, optim.RewarmingCosine):
+        if isinstance(config.scheduler, optim.Rewarming):
             config.scheduler.rewarm()
     _forget_best(trainer)
     module.choose_trained()

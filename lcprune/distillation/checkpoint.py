@@ -8,16 +8,20 @@ Plain data only, because checkpoints are read with `weights_only=True`. The teac
 import pickle
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lcprune import demo
+from lcprune.distillation import adapters, quantized
+from lcprune.distillation.adapters import Lora
 from lcprune.distillation.randomness import RngState
-from lcprune.distillation.teacher import DtypeName
+from lcprune.distillation.teacher import DtypeName, load
 from lcprune.errors import InputError
+from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.surgery import mend_config
 
@@ -52,6 +56,10 @@ class Record:
     """Type of the student's weights."""
     rng: tuple[RngState, ...]
     """Random state of every rank, in order."""
+    lora: dict[str, object] | None = None
+    """The adapters that are in it, as `Lora.record`; None = there are none."""
+    packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Packed weights that the teacher's folder does not have, by module."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for a checkpoint."""
@@ -60,6 +68,8 @@ class Record:
             "fingerprint": self.fingerprint,
             "dtype": self.dtype,
             "rng": list(self.rng),
+            "lora": self.lora,
+            "packed": self.packed,
         }
 
     @classmethod
@@ -69,7 +79,8 @@ class Record:
         if not isinstance(record, Mapping) or not {"history", "fingerprint", "dtype", "rng"} <= set(record):
             raise InputError("ckpt_path names a checkpoint that lcprune did not write: name one from a run's folder.")
         history = MergeHistory.from_dict(record["history"])
-        return cls(history, dict(record["fingerprint"]), record["dtype"], tuple(record["rng"]))
+        plain = cls(history, dict(record["fingerprint"]), record["dtype"], tuple(record["rng"]))
+        return replace(plain, lora=record.get("lora"), packed=record.get("packed", {}))
 
     def check_fits(self, teacher: str, fingerprint: Fingerprint) -> None:
         """Raises InputError if the checkpoint was trained from another model than `teacher`."""
@@ -81,6 +92,16 @@ class Record:
                 f"ckpt_path names a checkpoint of another model ({self.history.teacher}: {was}) than "
                 f"model.teacher={teacher!r} ({now}): name the model it was trained from."
             )
+
+    def check_adapters(self, lora: Mapping[str, object] | None) -> None:
+        """Raises InputError if the run that goes on has other adapters than the one that wrote the checkpoint."""
+        if self.lora == lora:
+            return
+        was, now = ("none" if each is None else str(dict(each)) for each in (self.lora, lora))
+        raise InputError(
+            f"ckpt_path names a checkpoint whose adapters are {was}, model.lora and model.train ask for {now}: "
+            "go on as it was begun, or export its student (lcprune export) and train from there."
+        )
 
 
 def fingerprint_of(config: PretrainedConfig) -> Fingerprint:
@@ -98,7 +119,9 @@ def read(path: Path) -> Record:
 
 
 def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
-    """The student out of a checkpoint, on the CPU; the teacher's weights are not needed, its config is.
+    """The student out of a checkpoint, plain and on the CPU: adapters are part of its weights, nothing is packed.
+
+    The teacher's config is needed, and its weights only where the student's base was packed.
 
     Raises:
         InputError: As `read`, or if the teacher's config cannot be found any more or does not fit.
@@ -112,11 +135,20 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     assert isinstance(weights, Mapping)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
     dtype = next(iter(tensors.values())).dtype  # bf16-true trains in another one than model.dtype
-    # From a config alone: transformers has no folder to read, and takes weights and dtype from what it is given.
-    config.dtype = dtype
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.load_state_dict(tensors, assign=True)
+    lora = None if record.lora is None else Lora(**record.lora)  # type: ignore[arg-type]
+    if lora is not None and lora.base != "full":
+        model = load(record.history.teacher, record.dtype, packed=lora.base)
+        surgery.replay(model, record.history)
+    else:
+        # From a config alone: transformers has no folder to read, and takes weights and dtype from what it is given.
+        config.dtype = dtype
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if lora is not None:
+        adapters.attach(model, lora)
+    quantized.restore(model, record.packed)
+    model.load_state_dict({**quantized.packed_weights(model), **tensors}, assign=True)
     model.tie_weights()
+    adapters.fold(model)
     with suppress(OSError):  # a model may have none
         model.generation_config = GenerationConfig.from_pretrained(demo.resolve(record.history.teacher))
     return model.eval(), record

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcprune.distillation import buckets
+from lcprune.distillation.buckets import Buckets
 from lcprune.distillation.divergences import Chunk, Divergence, Weights, value_and_gradient
 from lcprune.distillation.head import Head
 
@@ -31,22 +33,30 @@ class Settings:
     """What the matrix products are computed in; all else is float32, or float64 where this is."""
 
 
+@dataclass(frozen=True, eq=False)
+class Full:
+    """A teacher whose whole distribution is computed, chunk by chunk."""
+
+    states_ND: Tensor
+    """Its last states."""
+    head: Head
+    """What makes logits of them."""
+
+
 def fused(
-    student_ND: Tensor, student: Head, teacher_ND: Tensor, teacher: Head, targets_N: Tensor, settings: Settings
+    student_ND: Tensor, student: Head, teacher: Full | Buckets, targets_N: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum, divergence and cross-entropy, means over the N tokens; only the weighted sum has a gradient."""
     with torch.autocast(student_ND.device.type, enabled=False):
-        return _FusedHead.apply(
-            student_ND, *student.tensors, teacher_ND.detach(), teacher.detach(), student, targets_N, settings
-        )
+        return _FusedHead.apply(student_ND, *student.tensors, student, teacher, targets_N, settings)
 
 
 class _FusedHead(torch.autograd.Function):
     """Loss and gradient chunk by chunk; `backward` only scales what `forward` has computed."""
 
     @staticmethod
-    def forward(ctx, student_ND, weight, bias, down, up, teacher_ND, teacher, student, targets_N, settings):  # type: ignore[no-untyped-def]
-        student_low, teacher_low = student.detach().to(settings.dtype), teacher.to(settings.dtype)
+    def forward(ctx, student_ND, weight, bias, down, up, student, teacher, targets_N, settings):  # type: ignore[no-untyped-def]
+        student_low, teacher = student.detach().to(settings.dtype), _in(settings.dtype, teacher)
         scratch = _Scratch(min(settings.chunk, max(len(targets_N), 1)), student.weight_VD, settings.dtype)
         gradients = _Gradients(student_ND, student_low, ctx.needs_input_grad[:5], scratch.dtype)
         teach = torch.zeros((), dtype=scratch.dtype, device=student_ND.device)
@@ -57,8 +67,7 @@ class _FusedHead(torch.autograd.Function):
             logits_CV = scratch.logits(0, states_CD, student_low)
             slope_CV = scratch.slope(logits_CV, student.cap)
             if settings.divergence_weight:
-                teacher_CV = scratch.logits(1, teacher_ND[part].to(settings.dtype), teacher_low)
-                chunk_teach, chunk_ce, grad_CV = _both(logits_CV, teacher_CV, targets_N[part], settings, scratch)
+                chunk_teach, chunk_ce, grad_CV = _taught(logits_CV, teacher, part, targets_N[part], settings, scratch)
                 teach += chunk_teach
             else:
                 chunk_ce, grad_CV = _cross_entropy(logits_CV, targets_N[part], settings.labels_weight, scratch)
@@ -81,7 +90,7 @@ class _FusedHead(torch.autograd.Function):
             None if gradient is None else gradient.mul_(grad_total.to(gradient.dtype)).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 class _Gradients:
@@ -183,6 +192,35 @@ class _Scratch:
             return
         product_CV = torch.mm(left, right.t(), out=self._product[: len(left)])
         out_CV.copy_(product_CV) if add is None else out_CV.add_(product_CV, alpha=add)
+
+
+def _in(dtype: torch.dtype, teacher: Full | Buckets) -> Full | Buckets:
+    return teacher if isinstance(teacher, Buckets) else Full(teacher.states_ND, teacher.head.detach().to(dtype))
+
+
+def _taught(
+    logits_CV: Tensor, teacher: Full | Buckets, part: slice, targets_C: Tensor, settings: Settings, scratch: _Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of divergences and of cross-entropies, and the gradient of the weighted sum, of the tokens of a chunk."""
+    if isinstance(teacher, Buckets):
+        return _bucketed(logits_CV, teacher[part], targets_C, settings, scratch)
+    teacher_CV = scratch.logits(1, teacher.states_ND[part].to(settings.dtype), teacher.head)
+    return _both(logits_CV, teacher_CV, targets_C, settings, scratch)
+
+
+def _bucketed(
+    logits_CV: Tensor, teacher: Buckets, targets_C: Tensor, settings: Settings, scratch: _Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_both`, from the teacher's likeliest tokens; buffers 0 and 2 are used up, the others not even made."""
+    assert settings.divergence == Divergence(), "only forward KL at temperature 1 can be had from buckets"
+    log_q = torch.log_softmax(logits_CV, -1, out=scratch.empty(2, len(logits_CV)))
+    ce = _nats(log_q, targets_C) if settings.labels_weight else torch.zeros_like(log_q[0, 0])
+    value_C, grad_CV = buckets.value_and_gradient(
+        log_q, teacher, Weights(settings.divergence_weight, settings.labels_weight), out_CV=logits_CV
+    )
+    if settings.labels_weight:
+        _subtract_at(grad_CV, targets_C, settings.labels_weight)
+    return value_C.sum(), ce, grad_CV
 
 
 def _both(

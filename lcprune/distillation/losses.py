@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from lcprune.distillation.buckets import Buckets
 from lcprune.distillation.divergences import Divergence
-from lcprune.distillation.fused import Settings, fused
+from lcprune.distillation.fused import Full, Settings, fused
 from lcprune.distillation.head import Head
 
 CHUNK = 256
@@ -67,16 +68,47 @@ def head_loss(
 
     With N = 0 every term is 0 and the gradient is 0, not missing.
     """
-    device = student_ND.device.type
     settings = Settings(
         divergence=Divergence() if divergence is None else divergence,
         divergence_weight=logits_weight,
         labels_weight=labels_weight,
         chunk=chunk,
-        dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_ND.dtype,
+        dtype=_dtype(student_ND),
     )
-    total, logits, labels = fused(student_ND, student, teacher_ND, teacher, targets_N, settings)
+    total, logits, labels = fused(student_ND, student, Full(teacher_ND.detach(), teacher), targets_N, settings)
     return HeadLoss(total, logits.detach(), labels.detach(), len(targets_N))
+
+
+def bucket_loss(
+    student_ND: Tensor,
+    student: Head,
+    teacher: Buckets,
+    *,
+    targets_N: Tensor,
+    logits_weight: float = 1.0,
+    labels_weight: float = 0.0,
+    chunk: int = CHUNK,
+) -> HeadLoss:
+    """`head_loss` by forward KL from a teacher of whom only the likeliest tokens are known (buckets.py).
+
+    Args:
+        student_ND: Student states at the scored positions, after the final norm.
+        student: Student head; whichever of its tensors want a gradient get one.
+        teacher: What is known of the teacher's distribution at the same positions.
+        targets_N: Next token at every position.
+        logits_weight: Weight of the divergence.
+        labels_weight: Weight of the cross-entropy.
+        chunk: C; memory is proportional to C * V.
+    """
+    settings = Settings(Divergence(), logits_weight, labels_weight, chunk, _dtype(student_ND))
+    total, logits, labels = fused(student_ND, student, teacher, targets_N, settings)
+    return HeadLoss(total, logits.detach(), labels.detach(), len(targets_N))
+
+
+def _dtype(states: Tensor) -> torch.dtype:
+    """What matrix products are computed in."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def boundary_loss(student_ND: Tensor, teacher_ND: Tensor, *, kind: Literal["cosine", "mse"]) -> Tensor:

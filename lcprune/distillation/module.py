@@ -4,7 +4,9 @@ The module owns weights and history; the trainer owns optimizer state; `Progress
 `configure_model`: building the module loads nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,24 +19,28 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from lcprune import demo
-from lcprune.distillation import objectives
+from lcprune.distillation import adapters, objectives, quantized, recall
 from lcprune.distillation import phases as phases_room
+from lcprune.distillation import trained as trained_room
 from lcprune.distillation.accumulation import TokenWindow
+from lcprune.distillation.adapters import Lora
+from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
 from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of
 from lcprune.distillation.levels import Labels, Level, Logits
 from lcprune.distillation.metrics import HeldOut
-from lcprune.distillation.optim import RewarmingCosine
+from lcprune.distillation.optim import Rewarming
+from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import RngState, restore_rng_state, rng_state
 from lcprune.distillation.strategies import parameters_changed
-from lcprune.distillation.teacher import DTYPES, DtypeName, Teacher, cast, load, own, recompute_activations, second_view
-from lcprune.distillation.trained import TRAINED, Trained, ever_trained, train, trained_parameters
+from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype, recompute_activations
+from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch
-from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.lineage import Lineage, MergeHistory
 
 
 class DistillationModule(LightningModule):
@@ -46,15 +52,20 @@ class DistillationModule(LightningModule):
         phases: Instead of one objective for the whole run, one after the other, each with its number of steps.
         phases_begin: With every `merge` the phases begin anew, or they are counted from the start of the `run` alone.
         train: Which of the student's parameters are trained: `all`, its decoder `layers`, only `merged` ones, or every
-            layer from the first merged one on (`after_merge`). What is not trained is shared with the teacher in
-            memory when both have the same dtype, and layers before the first that is trained run once for both.
+            layer from the first merged one on (`after_merge`); or only adapters on them (`lora`, `lora_merged`,
+            `lora_after_merge`). What is not trained is shared with the teacher in memory when both have the same
+            dtype, and layers before the first that is trained run once for both.
+        lora: The adapters, where adapters are trained; default: rank 16 on all projections.
         dtype: Type of the student's weights; float32 beside `trainer.precision: bf16-mixed`.
-        teacher_dtype: Type of the teacher's weights; `auto` = bfloat16 if trainer.precision says bf16, else dtype.
+        teacher_dtype: Type of the teacher's weights; `auto` = bfloat16 if trainer.precision says bf16, else dtype;
+            `int8` and `nf4` pack its layers into 8 and 4 bit.
         optimizer: Makes the optimizer from the trained parameters.
         lr_scheduler: Makes the scheduler, stepped after every optimizer step; RewarmingCosine warms up after merges.
         activations: `keep` them for the backward pass, or `recompute` them layer by layer: less memory, a third more
             time (gradient checkpointing).
         compile_layers: torch.compile for every decoder layer of the student: one graph serves every depth.
+        teacher_cache: Folder that `lcprune cache` has filled: what the teacher says about training batches is looked
+            up there instead of computed. Validation, planning and refits run the teacher still.
     """
 
     student: PreTrainedModel
@@ -68,18 +79,20 @@ class DistillationModule(LightningModule):
         phases: list[Phase] | None = None,
         phases_begin: Begin = "merge",
         train: Trained = "all",
+        lora: Lora | None = None,
         dtype: DtypeName = "float32",
-        teacher_dtype: Literal["auto"] | DtypeName = "auto",
+        teacher_dtype: TeacherDtype = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         activations: Literal["keep", "recompute"] = "keep",
         compile_layers: bool = False,
+        teacher_cache: Path | None = None,
     ) -> None:
         super().__init__()
         allowed = {
-            "train": (train, TRAINED),
+            "train": (train, trained_room.TRAINED),
             "dtype": (dtype, DTYPES),
-            "teacher_dtype": (teacher_dtype, ("auto", *DTYPES)),
+            "teacher_dtype": (teacher_dtype, TEACHER_DTYPES),
             "phases_begin": (phases_begin, ("run", "merge")),
             "activations": (activations, ("keep", "recompute")),
         }
@@ -94,6 +107,9 @@ class DistillationModule(LightningModule):
             raise InputError(f"model: {'; '.join(wrong)}.")
         self.phases = tuple(phases) if phases is not None else (Phase([Logits()] if objective is None else objective),)
         phases_room.check(self.phases)
+        if teacher_cache is not None:
+            check_levels([phase.objective for phase in self.phases])
+        self.lora = adapters.lora_for([phase.trained(train) for phase in self.phases], lora)
         self.phases_begin: Begin = phases_begin
         self.teacher_name = teacher
         self.train_usually: Trained = train
@@ -103,6 +119,8 @@ class DistillationModule(LightningModule):
         self.make_scheduler = lr_scheduler
         self.activations = activations
         self.compile_layers = compile_layers
+        self.teacher_cache = None if teacher_cache is None else Path(teacher_cache).expanduser()
+        self.cache: TeacherCache | None = None
         self.held_out = HeldOut()
         self.teacher: Teacher | None = None
         self._config: PretrainedConfig | None = None
@@ -139,24 +157,40 @@ class DistillationModule(LightningModule):
         """What a checkpoint must have in common with this module's teacher."""
         return fingerprint_of(self.teacher_config)
 
+    def setup(self, stage: str) -> None:
+        """Opens the teacher cache before weights are loaded; refuses one that does not fit teacher or data."""
+        if self.teacher_cache is not None and stage == "fit":
+            source = self.trainer.datamodule  # type: ignore[attr-defined]
+            blocks = source.training_blocks() if isinstance(source, TrainingBlocks) else None
+            self.cache = TeacherCache.fitting(self.teacher_cache, self.teacher_name, blocks)
+
+    def check_cache(self, lineages: Sequence[Lineage] | None) -> None:
+        """Raises InputError if a teacher cache lacks states that training these lineages needs; None = not known."""
+        if self.cache is not None:
+            levels = [phase.objective for phase in self.phases]
+            self.cache.check_states(objectives.states_of_run(levels, lineages, self.history.teacher_depth))
+
     def configure_model(self) -> None:
         """Loads the teacher and makes the student a second view of it; later calls change nothing."""
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
         if self.teacher is not None:
             self.teacher.model.to(device)  # type: ignore[arg-type]
             return
-        model = load(self.teacher_name, self.weights_dtype, device)
-        student = second_view(model).train()
+        layout = layout_of(self.teacher_config)
+        if self.lora is not None:
+            self.lora.check(layout)
+        mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
+        model, student = load_pair(self.teacher_name, mine, theirs, device)
+        self._prefix_is_original = mine.packed == theirs.packed
+        student.train()
+        if self.lora is not None:
+            adapters.attach(student, self.lora)
         if self.activations == "recompute":
             recompute_activations(student)
         if self.compile_layers:
-            for layer in layout_of(student.config).layers_of(student):
+            for layer in layout.layers_of(student):
                 # Not layer.compile(), which would take in the hooks, new at every step, and compile anew for each.
                 layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
-        teacher_dtype = self._teacher_dtype()
-        if teacher_dtype != self.weights_dtype:
-            # New storage for every parameter of the teacher: nothing is shared any more.
-            cast(model, getattr(torch, teacher_dtype))
         self.teacher = Teacher(model)
         self.student = student
         self.choose_trained()
@@ -165,17 +199,20 @@ class DistillationModule(LightningModule):
         """Makes trainable what the phase that is on, and the merges so far, say; after a merge it has to be asked."""
         assert self.teacher is not None
         what = self.now.phase.trained(self.train_usually)
-        chosen = trained_parameters(self.student, what, self.history.lineage)
-        train(self.student, self.teacher.model, chosen, self._trained_dtype)
+        chosen = trained_room.trained_parameters(self.student, what, self.history.lineage)
+        trained_room.train(self.student, self.teacher.model, chosen, self._trained_dtype(what))
         self._training = what
-        self._prefix_is_original &= what in ("merged", "after_merge")
+        self._prefix_is_original &= what in trained_room.BESIDE_PREFIX
+
+    def _trained_dtype(self, what: Trained) -> torch.dtype:
+        """What is trained is held in this; Lightning casts the module itself where precision says `bf16-true`."""
+        names: dict[str, DtypeName] = {"bf16-true": "bfloat16", "16-true": "float16"}
+        usual = "float32" if trained_room.trains_adapters(what) else self.weights_dtype
+        return getattr(torch, names.get(self._precision, usual))
 
     @property
-    def _trained_dtype(self) -> torch.dtype:
-        """What weights are trained in: Lightning casts the module itself where precision says `bf16-true`."""
-        precision = "" if self._trainer is None else str(self._trainer.precision)
-        names: dict[str, DtypeName] = {"bf16-true": "bfloat16", "16-true": "float16"}
-        return getattr(torch, names.get(precision, self.weights_dtype))
+    def _precision(self) -> str:
+        return "" if self._trainer is None else str(self._trainer.precision)
 
     @property
     def now(self) -> Now:
@@ -199,16 +236,10 @@ class DistillationModule(LightningModule):
                     buffer.data = exact[name].to(buffer.device, copy=True)
         return self
 
-    def _teacher_dtype(self) -> DtypeName:
-        if self.teacher_dtype != "auto":
-            return self.teacher_dtype
-        precision = "" if self._trainer is None else str(self._trainer.precision)
-        return "bfloat16" if precision.startswith("bf16") else self.weights_dtype
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what is trained, and the scheduler per optimizer step."""
         whats = [phase.trained(self.train_usually) for phase in self.phases]
-        optimizer = self.make_optimizer(iter(ever_trained(self.student, whats)))
+        optimizer = self.make_optimizer(iter(trained_room.ever_trained(self.student, whats)))
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
@@ -225,7 +256,7 @@ class DistillationModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch through teacher and student; logs every term and the depth."""
         now, lineage = self.now, self.history.lineage
-        forward = self._forward(batch, now.phase.objective)
+        forward = self._taught(batch, now.phase.objective)
         terms = objectives.objective(now.phase.objective, forward, lineage, now.progress)
         size = len(batch["input_ids"])
         self.log("train/loss", terms["loss"].detach(), prog_bar=True, batch_size=size)
@@ -284,6 +315,13 @@ class DistillationModule(LightningModule):
         prefix = frozen_prefix(self.student, lineage) if self._prefix_is_original else 0
         return objectives.run(levels, batch, self.student, self.teacher, lineage, prefix)
 
+    def _taught(self, batch: Batch, levels: Sequence[Level]) -> objectives.Forward:
+        """As `_forward`, from the teacher cache where there is one."""
+        if self.cache is None:
+            return self._forward(batch, levels)
+        assert self.teacher is not None
+        return recall.run(levels, batch, self.student, self.teacher, self.history.lineage, self.cache)
+
     def _log_held_out(self, stage: str) -> None:
         values = {f"{stage}/{name}": value.to(self.device) for name, value in self.held_out.compute().items()}
         self.log_dict(values)
@@ -297,12 +335,21 @@ class DistillationModule(LightningModule):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = states * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, rng_state())
-        checkpoint[KEY] = Record(self.history, self.fingerprint, self.weights_dtype, tuple(states)).to_dict()
+        record = Record(self.history, self.fingerprint, self.weights_dtype, tuple(states))
+        if self.lora is not None:
+            # What is still packed as it was loaded is loaded again.
+            weights = checkpoint["state_dict"]
+            assert isinstance(weights, dict)
+            for name in quantized.keys_of(self, weights):
+                del weights[name]
+            record = replace(record, lora=self.lora.record, packed=quantized.own_weights(self.student))
+        checkpoint[KEY] = record.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Replays the history on the freshly loaded student, so that the checkpoint's weights fit it."""
         record = Record.of(checkpoint)
         record.check_fits(self.teacher_name, self.fingerprint)
+        record.check_adapters(None if self.lora is None else self.lora.record)
         if record.history.teacher != self.teacher_name:
             rank_zero_warn(
                 f"the checkpoint's teacher is {record.history.teacher!r}, model.teacher is {self.teacher_name!r}: "
@@ -313,18 +360,14 @@ class DistillationModule(LightningModule):
         elif self.history.lineage != record.history.lineage:
             raise InputError("This module's student was merged otherwise than the checkpoint: load it into a new one.")
         self.history = record.history
-        self._before_loading(checkpoint["state_dict"])
-        self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
-
-    def _before_loading(self, weights: object) -> None:
-        """Loading writes in place: what a checkpoint changes must not be the teacher's own memory."""
-        assert isinstance(weights, Mapping)
+        quantized.restore(self.student, record.packed)
+        weights = checkpoint["state_dict"]
+        assert isinstance(weights, dict)
+        weights.update({PREFIX + name: weight for name, weight in quantized.packed_weights(self.student).items()})
         self.choose_trained()
-        for name, parameter in self.student.named_parameters():
-            if not parameter.requires_grad and not parameter.equal(weights[PREFIX + name].to(parameter)):
-                own(parameter)
-                # Merged layers have other weights in any case; the others have been trained before.
-                self._prefix_is_original = False
+        stored = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+        self._prefix_is_original &= trained_room.make_room(self.student, stored, record.history.lineage)
+        self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
 
     def on_train_start(self) -> None:
         """Continues the random numbers of an interrupted run, and a cosine whose length the run decides."""
@@ -333,11 +376,12 @@ class DistillationModule(LightningModule):
                 f"train={self._training} trains nothing before the first merge: merge at step 0 "
                 "(collapse.schedule.first: 0), or train all or layers until then."
             )
+        self.check_cache([self.history.lineage])
         steps = self.trainer.estimated_stepping_batches
         if steps < float("inf"):
             self._end = int(steps)
             for config in self.trainer.lr_scheduler_configs:
-                if isinstance(config.scheduler, RewarmingCosine):
+                if isinstance(config.scheduler, Rewarming):
                     config.scheduler.set_total_steps(self._end)
         if self._rng is not None:
             restore_rng_state(self._rng)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lcprune.distillation.buckets import Buckets
 from lcprune.distillation.head import Head
 from lcprune.distillation.levels import Boundary, Labels, Level, Local, Logits, only
-from lcprune.distillation.losses import boundary_loss, head_loss
-from lcprune.distillation.passes import Call, Start, States, Wanted, forward
+from lcprune.distillation.losses import HeadLoss, boundary_loss, bucket_loss, head_loss
+from lcprune.distillation.passes import Call, Start, States, Wanted, forward, stream_dtype
 from lcprune.distillation.teacher import Teacher, head_of
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch
@@ -39,6 +40,8 @@ class Forward:
     """The teacher's."""
     alone: Mapping[int, Tensor] = field(default_factory=dict)
     """Merged student layer -> its output [B, T, D] when run alone; gradients stay in the layer."""
+    buckets: Buckets | None = None
+    """What a cache knows of the teacher's distribution [B, T], instead of its last state."""
 
 
 def taught_layers(levels: Sequence[Level], lineage: Lineage) -> tuple[int, ...]:
@@ -54,6 +57,57 @@ def alone_layers(levels: Sequence[Level], lineage: Lineage) -> tuple[int, ...]:
     if only(levels, Local) is None:
         return ()
     return tuple(s for s, ancestors in enumerate(lineage) if len(ancestors) > 1)
+
+
+def states_needed(levels: Sequence[Level], lineage: Lineage) -> set[int]:
+    """Teacher layers whose outputs have to be known; the embeddings are not among them."""
+    taught, alone, local = taught_layers(levels, lineage), alone_layers(levels, lineage), only(levels, Local)
+    ends = {lineage[s][-1] for s in (*taught, *alone)}
+    given = alone if local is not None and local.inputs == "teacher" else ()
+    return ends | {lineage[s][0] - 1 for s in given if lineage[s][0] > 0}
+
+
+def states_of_run(
+    objectives: Sequence[Sequence[Level]], lineages: Sequence[Lineage] | None, teacher_depth: int
+) -> set[int]:
+    """As `states_needed`, for a whole run.
+
+    Args:
+        objectives: Of all its phases.
+        lineages: Those that it trains; None = not known, then whatever a lineage could need.
+        teacher_depth: Number of the teacher's layers.
+    """
+    if lineages is None:
+        streams = any(isinstance(level, Boundary | Local) for levels in objectives for level in levels)
+        return set(range(teacher_depth)) if streams else set()
+    return {layer for levels in objectives for lineage in lineages for layer in states_needed(levels, lineage)}
+
+
+def student_wants(levels: Sequence[Level], lineage: Lineage) -> Wanted:
+    """What the student's pass has to keep."""
+    taught, alone, local = taught_layers(levels, lineage), alone_layers(levels, lineage), only(levels, Local)
+    head = only(levels, Logits) is not None or only(levels, Labels) is not None
+    own_inputs = alone if local is not None and local.inputs == "student" else ()
+    # With nothing to learn yet (Boundary or Local before the first merge) the step still has to be possible.
+    return Wanted(last=head or not (taught or alone), outputs=taught, calls=own_inputs)
+
+
+def teacher_forced(
+    levels: Sequence[Level], lineage: Lineage, student: PreTrainedModel, teacher: PreTrainedModel
+) -> dict[int, int]:
+    """Student layers that `Local` gives the teacher's stream -> the ancestor that is called as each has to be.
+
+    A merged layer is called as the teacher calls a layer of its kind: masks may differ between kinds.
+    """
+    layout, local = layout_of(student.config), only(levels, Local)
+    alone = alone_layers(levels, lineage) if local is not None and local.inputs == "teacher" else ()
+    return {s: _of_kind(layout.kind_of(student.config, s), lineage[s], teacher) for s in alone}
+
+
+def ran_alone(student: PreTrainedModel, runs: Mapping[int, tuple[Call, Tensor]]) -> dict[int, Tensor]:
+    """The outputs [B, T, D] of student layers that are run alone, each by how it is called and on what state."""
+    layers = layout_of(student.config).layers_of(student)
+    return {s: call.run(layers[s], state.detach().to(stream_dtype(layers[s]))) for s, (call, state) in runs.items()}
 
 
 def run(
@@ -74,38 +128,31 @@ def run(
         lineage: Teacher layers of every student layer.
         prefix: How many of the student's first layers are the teacher's, unchanged and frozen: run once for both.
     """
-    layout = layout_of(student.config)
     taught, alone = taught_layers(levels, lineage), alone_layers(levels, lineage)
-    local = only(levels, Local)
-    own_inputs = alone if local is not None and local.inputs == "student" else ()
-    head = only(levels, Logits) is not None or only(levels, Labels) is not None
-    # With nothing to learn yet (Boundary or Local before the first merge) the step still has to be possible.
-    student_wants = Wanted(last=head or not (taught or alone), outputs=taught, calls=own_inputs)
-    # A merged layer is called as the teacher calls a layer of its kind: masks may differ between kinds.
-    model = teacher.model
-    like = {s: _of_kind(layout.kind_of(student.config, s), lineage[s], model) for s in alone if s not in own_inputs}
+    wants = student_wants(levels, lineage)
+    like = teacher_forced(levels, lineage, student, teacher.model)
     from_teacher = {index for s in like for index in (lineage[s][0], like[s])}
     teacher_wants = Wanted(
         last=only(levels, Logits) is not None,
         outputs=sorted({lineage[s][-1] for s in (*taught, *alone)}),
         calls=sorted(from_teacher),
     )
-    shared = prefix > 0 and not student_wants.nothing and not teacher_wants.nothing
+    shared = prefix > 0 and not wants.nothing and not teacher_wants.nothing
     if shared:
         teacher_wants = Wanted(teacher_wants.last, teacher_wants.outputs, sorted({*from_teacher, prefix}))
     theirs = teacher(batch, teacher_wants)
     start = Start(prefix, theirs.calls[prefix], theirs.layers) if shared else None
-    learns = student_wants.last or bool(taught)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-        ours = forward(student, batch, student_wants, start)
-    layers = layout.layers_of(student)
-    runs: dict[int, tuple[Call, Tensor]] = {s: (ours.calls[s], ours.calls[s].state_BTD) for s in own_inputs}
+    ours = student_pass(student, batch, wants, start)
+    runs = {s: (call, call.state_BTD) for s, call in ours.calls.items()}
     runs |= {s: (theirs.calls[like[s]], theirs.calls[lineage[s][0]].state_BTD) for s in like}
-    outputs = {
-        s: call.run(layers[s], state.detach().to(next(layers[s].parameters()).dtype))
-        for s, (call, state) in runs.items()
-    }
-    return Forward(batch, ours, head_of(student), theirs, teacher.head, outputs)
+    return Forward(batch, ours, head_of(student), theirs, teacher.head, ran_alone(student, runs))
+
+
+def student_pass(student: PreTrainedModel, batch: Batch, wants: Wanted, start: Start | None = None) -> States:
+    """What the student's pass keeps, with gradients where it learns by it and not where it only feeds layers alone."""
+    learns = wants.last or bool(wants.outputs)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        return forward(student, batch, wants, start)
 
 
 def _of_kind(kind: tuple[object, ...], ancestors: Sequence[int], teacher: PreTrainedModel) -> int:
@@ -130,19 +177,7 @@ def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progr
     loss = torch.zeros((), device=keep_BT.device)
     if logits is not None or labels is not None:
         assert forward.student.last is not None
-        student_ND = forward.student.last[keep_BT]
-        # Labels alone need no teacher.
-        teacher_ND = student_ND.detach() if forward.teacher.last is None else forward.teacher.last[keep_BT]
-        head = head_loss(
-            student_ND,
-            forward.student_head,
-            teacher_ND,
-            forward.teacher_head,
-            targets_N=next_tokens(forward.batch)[keep_BT],
-            divergence=None if logits is None else logits.formula,
-            logits_weight=0.0 if logits is None else logits.weight,
-            labels_weight=0.0 if labels is None else labels.weight,
-        )
+        head = _head_loss(forward, forward.student.last[keep_BT], keep_BT, logits, labels)
         loss = loss + head.total
         terms |= {"logits": head.logits} if logits is not None else {}
         terms |= {"labels": head.labels} if labels is not None else {}
@@ -164,6 +199,34 @@ def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progr
         assert forward.student.last is not None
         loss = loss + 0 * forward.student.last[keep_BT].float().sum()
     return {"loss": loss, **terms}
+
+
+def _head_loss(
+    forward: Forward, student_ND: Tensor, keep_BT: Tensor, logits: Logits | None, labels: Labels | None
+) -> HeadLoss:
+    targets_N = next_tokens(forward.batch)[keep_BT]
+    logits_weight = 0.0 if logits is None else logits.weight
+    labels_weight = 0.0 if labels is None else labels.weight
+    if forward.buckets is not None:
+        return bucket_loss(
+            student_ND,
+            forward.student_head,
+            forward.buckets[keep_BT],
+            targets_N=targets_N,
+            logits_weight=logits_weight,
+            labels_weight=labels_weight,
+        )
+    return head_loss(
+        student_ND,
+        forward.student_head,
+        # Labels alone need no teacher.
+        student_ND.detach() if forward.teacher.last is None else forward.teacher.last[keep_BT],
+        forward.teacher_head,
+        targets_N=targets_N,
+        divergence=None if logits is None else logits.formula,
+        logits_weight=logits_weight,
+        labels_weight=labels_weight,
+    )
 
 
 def _distance(outputs: Mapping[int, Tensor], forward: Forward, lineage: Lineage, kind: str) -> Tensor:

@@ -19,14 +19,17 @@ from lcprune.merging.surgery import Outcome
 
 STARTS_AT_ZERO = (Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, RAdam, RMSprop, SGD)
 """Optimizers whose state per Parameter is all zeros at first and belongs to that Parameter alone."""
+STARTS_AT_ZERO_IN_8_BIT = ("AdamW8bit", "PagedAdamW8bit")
+"""bitsandbytes' optimizers of which that holds too; by name, to import it only where models are packed."""
 
 
 def check(optimizer: Optimizer) -> None:
     """Raises InputError for an optimizer whose state cannot start afresh at zero."""
-    if not isinstance(optimizer, STARTS_AT_ZERO):
+    if not (isinstance(optimizer, STARTS_AT_ZERO) or type(optimizer).__name__ in STARTS_AT_ZERO_IN_8_BIT):
+        known = (*(kind.__name__ for kind in STARTS_AT_ZERO), *STARTS_AT_ZERO_IN_8_BIT)
         raise InputError(
             f"model.optimizer={type(optimizer).__name__} is not known to keep a state that starts at zero, which a "
-            f"merged layer's has to: use one of {', '.join(kind.__name__ for kind in STARTS_AT_ZERO)}."
+            f"merged layer's has to: use one of {', '.join(known)}."
         )
 
 
@@ -43,10 +46,17 @@ def carry_over(optimizer: Optimizer, outcome: Outcome) -> None:
     for parameter in outcome.removed:
         optimizer.state.pop(parameter, None)
     for parameter in outcome.merged:
-        for value in optimizer.state.get(parameter, {}).values():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
+        _zero(optimizer.state.get(parameter, {}))
     forget_gradients(outcome.merged + outcome.removed)
+
+
+def _zero(state: dict[str, object]) -> None:
+    for name, value in state.items():
+        # bitsandbytes: qmap1 and qmap2 are what its 8-bit codes stand for, shared by all Parameters; step is an int.
+        if isinstance(value, torch.Tensor) and not name.startswith("qmap"):
+            value.zero_()
+        elif name == "step":
+            state[name] = 0
 
 
 def _keep(group: dict, staying: list[bool]) -> None:  # type: ignore[type-arg]
@@ -62,34 +72,20 @@ def forget_gradients(parameters: Collection[Parameter]) -> None:
         parameter.grad = None
 
 
-class RewarmingCosine(LambdaLR):
-    """Linear warm-up, cosine decay to a floor, and a short warm-up again after every merge.
+class Rewarming(LambdaLR):
+    """A learning rate that warms up, follows a curve, and warms up again for a short while after every merge.
 
     Args:
         optimizer: Its learning rates are the peak.
-        warmup_steps: Optimizer steps from 0 to the peak at the start.
-        rewarm_steps: Optimizer steps over which the rate climbs back to the curve after a merge.
-        floor: Fraction of the peak at the end.
-        total_steps: Optimizer steps of the whole curve; None = the run's own number.
+        curve: The multiplier.
         last_epoch: As in torch's schedulers.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *,
-        warmup_steps: int = 100,
-        rewarm_steps: int = 20,
-        floor: float = 0.1,
-        total_steps: int | None = None,
-        last_epoch: int = -1,
-    ) -> None:
-        if min(warmup_steps, rewarm_steps) < 0 or not 0 <= floor <= 1 or (total_steps is not None and total_steps < 1):
-            raise InputError(
-                f"RewarmingCosine: warmup_steps={warmup_steps} and rewarm_steps={rewarm_steps} must not be negative, "
-                f"floor={floor} must lie between 0 and 1 and total_steps={total_steps} must be positive."
-            )
-        super().__init__(optimizer, _Curve(warmup_steps, rewarm_steps, floor, total_steps), last_epoch)
+    def __init__(self, optimizer: Optimizer, curve: "_Curve", last_epoch: int = -1) -> None:
+        wrong = curve.mistakes()
+        if wrong:
+            raise InputError(f"{type(self).__name__}: {'; '.join(wrong)}.")
+        super().__init__(optimizer, curve, last_epoch)
 
     @property
     def curve(self) -> "_Curve":
@@ -112,6 +108,61 @@ class RewarmingCosine(LambdaLR):
         self._last_lr = rates
 
 
+class RewarmingCosine(Rewarming):
+    """Linear warm-up, cosine decay to a floor, and a short warm-up again after every merge.
+
+    Args:
+        optimizer: Its learning rates are the peak.
+        warmup_steps: Optimizer steps from 0 to the peak at the start.
+        rewarm_steps: Optimizer steps over which the rate climbs back to the curve after a merge.
+        floor: Fraction of the peak at the end.
+        total_steps: Optimizer steps of the whole curve; None = the run's own number.
+        last_epoch: As in torch's schedulers.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        warmup_steps: int = 100,
+        rewarm_steps: int = 20,
+        floor: float = 0.1,
+        total_steps: int | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        super().__init__(optimizer, _Cosine(warmup_steps, rewarm_steps, floor, total_steps), last_epoch)
+
+
+class RewarmingWSD(Rewarming):
+    """Warm-up, stable at the peak, decay at the end (WSD, arXiv:2404.06395); a short warm-up again after every merge.
+
+    The decay is 1 - sqrt(share of it that is over), which did better than a line (arXiv:2405.18392). Until it begins
+    nothing depends on the length of the run: one that is resumed from there with more steps goes on at the peak.
+
+    Args:
+        optimizer: Its learning rates are the peak.
+        warmup_steps: Optimizer steps from 0 to the peak at the start.
+        rewarm_steps: Optimizer steps over which the rate climbs back to the curve after a merge.
+        decay: Share of the whole curve, from 0 to 1, that the decay at its end takes.
+        floor: Fraction of the peak at the end.
+        total_steps: Optimizer steps of the whole curve; None = the run's own number.
+        last_epoch: As in torch's schedulers.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        warmup_steps: int = 100,
+        rewarm_steps: int = 20,
+        decay: float = 0.2,
+        floor: float = 0.0,
+        total_steps: int | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        super().__init__(optimizer, _StableDecay(warmup_steps, rewarm_steps, floor, total_steps, decay), last_epoch)
+
+
 class _Curve:
     """The multiplier as a callable object: LambdaLR saves and restores its attributes with a checkpoint."""
 
@@ -121,13 +172,51 @@ class _Curve:
         self.follows_run = total_steps is None
         self.restarts: list[int] = []
 
+    def mistakes(self) -> list[str]:
+        """What is wrong with its numbers."""
+        steps = {"warmup_steps": self.warmup_steps, "rewarm_steps": self.rewarm_steps}
+        wrong = [f"{name}={value} must not be negative" for name, value in steps.items() if value < 0]
+        if not 0 <= self.floor <= 1:
+            wrong.append(f"floor={self.floor} must lie between 0 and 1")
+        if self.total_steps is not None and self.total_steps < 1:
+            wrong.append(f"total_steps={self.total_steps} must be positive")
+        return wrong
+
     def __call__(self, step: int) -> float:
         factor = 1.0
         if step < self.warmup_steps:
             factor = (step + 1) / (self.warmup_steps + 1)
         elif self.total_steps is not None:
-            done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-            factor = self.floor + (1 - self.floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+            factor = self.floor + (1 - self.floor) * self.height(step, self.total_steps)
         if self.restarts:
             factor *= min(1.0, (step - self.restarts[-1] + 1) / (self.rewarm_steps + 1))
         return factor
+
+    def height(self, step: int, total: int) -> float:
+        """How far above the floor, from 1 down to 0, behind the warm-up."""
+        raise NotImplementedError
+
+
+class _Cosine(_Curve):
+    def height(self, step: int, total: int) -> float:
+        done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+        return (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+class _StableDecay(_Curve):
+    def __init__(
+        self, warmup_steps: int, rewarm_steps: int, floor: float, total_steps: int | None, decay: float
+    ) -> None:
+        super().__init__(warmup_steps, rewarm_steps, floor, total_steps)
+        self.decay = decay
+
+    def mistakes(self) -> list[str]:
+        """Those of every curve, and a decay that is no share."""
+        wrong = [] if 0 <= self.decay <= 1 else [f"decay={self.decay} must lie between 0 and 1"]
+        return super().mistakes() + wrong
+
+    def height(self, step: int, total: int) -> float:
+        # Counted back from the end, so that the steps before the decay do not depend on where the end is.
+        length = min(round(self.decay * total), total - self.warmup_steps)
+        done = (step - (total - length)) / max(1, length)
+        return 1 - math.sqrt(min(1.0, max(0.0, done)))

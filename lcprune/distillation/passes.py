@@ -8,14 +8,16 @@ The student's backward pass ends where it was handed over, since what comes from
 are stood in for at the level of the call, below their hooks and above their (perhaps compiled) forward.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lcprune.distillation.trained import is_adapter
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, hidden_states, layer_outputs, stream_of
 from lcprune.merging.lineage import Lineage
@@ -112,6 +114,31 @@ def forward(model: PreTrainedModel, batch: Batch, wanted: Wanted, start: Start |
     return States(None, {**handed, **states}, calls)
 
 
+def calls_without_running(model: PreTrainedModel, batch: Batch, wanted: Sequence[int]) -> dict[int, Call]:
+    """How a causal LM would call its layers, without the work: the embeddings run, no layer does.
+
+    Of the states that go in, only layer 0's is right; `in_tuple` is not known.
+    """
+    calls: dict[int, Call] = {}
+
+    def recorder(index: int):  # type: ignore[no-untyped-def]
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            state: Tensor = args[0] if args else kwargs.pop("hidden_states")
+            if index in wanted:
+                calls[index] = Call(state, args[1:], kwargs, False)
+            if index == max(wanted):
+                raise _Enough
+            return state
+
+        return record
+
+    if wanted:
+        layers = layout_of(model.config).layers_of(model)
+        with _standing_in(layers, recorder), suppress(_Enough):
+            hidden_states(model, batch)
+    return calls
+
+
 @contextmanager
 def _calls(layers: nn.ModuleList, wanted: Sequence[int], calls: dict[int, Call]) -> Iterator[None]:
     def keeper(index: int):  # type: ignore[no-untyped-def]
@@ -147,12 +174,19 @@ def _ending(layer: nn.Module) -> Iterator[None]:
 @contextmanager
 def _handed_over(layers: nn.ModuleList, start: Start) -> Iterator[None]:
     """Layers before the start hand on what the teacher's have made, in the precision of the first that runs."""
-    state = start.call.state_BTD.to(next(layers[start.layer].parameters()).dtype)
+    state = start.call.state_BTD.to(stream_dtype(layers[start.layer]))
     result = (state,) if start.call.in_tuple else state
-    before = [(layer, layer._compiled_call_impl) for layer in layers[: start.layer]]
+    with _standing_in(layers[: start.layer], lambda index: lambda *args, **kwargs: result):
+        yield
+
+
+@contextmanager
+def _standing_in(layers: nn.ModuleList, actor: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """What each of these layers does when it is called, inside the block; by its place among them."""
+    before = [(layer, layer._compiled_call_impl) for layer in layers]
     try:
-        for layer, _ in before:
-            layer._compiled_call_impl = lambda *args, **kwargs: result
+        for index, (layer, _) in enumerate(before):
+            layer._compiled_call_impl = actor(index)
         yield
     finally:
         for layer, compiled in before:
@@ -170,6 +204,12 @@ def frozen_prefix(student: PreTrainedModel, lineage: Lineage) -> int:
     merged = (place for place, ancestors in enumerate(lineage) if len(ancestors) > 1)
     trained = (place for place, layer in enumerate(layers) if _trained(layer))
     return min(*merged, *trained, len(layers) - 1, len(layers) - 1)
+
+
+def stream_dtype(layer: nn.Module) -> torch.dtype:
+    """What a layer takes its states in: the type of its own weights, neither packed ones nor adapters."""
+    named = layer.named_parameters()
+    return next(weight.dtype for name, weight in named if weight.is_floating_point() and not is_adapter(name))
 
 
 def _trained(module: nn.Module) -> bool:

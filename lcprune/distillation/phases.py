@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from lcprune.distillation import levels
 from lcprune.distillation.levels import Level, Local
-from lcprune.distillation.trained import TRAINED, Trained
+from lcprune.distillation.trained import TRAINED, Trained, trains_adapters
 from lcprune.errors import InputError
 
 Begin: TypeAlias = Literal["run", "merge"]
@@ -40,9 +40,10 @@ class Phase:
 
     def trained(self, usual: Trained) -> Trained:
         """Which Parameters this phase trains; where every layer learns alone, nothing but the merged ones can."""
+        what = usual if self.train is None else self.train
         if all(isinstance(level, Local) for level in self.objective):
-            return "merged"
-        return usual if self.train is None else self.train
+            return "lora_merged" if trains_adapters(what) else "merged"
+        return what
 
 
 @dataclass(frozen=True)

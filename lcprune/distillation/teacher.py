@@ -5,7 +5,8 @@ to itself, and is moved by hand. The student is built around the teacher's own t
 parameter is not trained nor merged there is one copy of it in memory; surgery gives a merged parameter its own.
 """
 
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -13,8 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lcprune import demo
+from lcprune.distillation import quantized
 from lcprune.distillation.head import Head
-from lcprune.distillation.passes import States, Wanted, forward
+from lcprune.distillation.passes import Call, States, Wanted, calls_without_running, forward
+from lcprune.distillation.quantized import Packed
 from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import HEAD_FIELDS, Batch
@@ -23,6 +26,9 @@ from lcprune.merging.surgery import second_view as second_view
 DtypeName = Literal["float32", "bfloat16", "float16"]
 """Names of the floating-point types that weights can be held in."""
 DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
+TeacherDtype: TypeAlias = Literal["auto"] | DtypeName | Packed
+"""What a teacher's weights can be held in."""
+TEACHER_DTYPES: tuple[TeacherDtype, ...] = ("auto", *DTYPES, *get_args(Packed))
 
 
 class Teacher:
@@ -41,6 +47,11 @@ class Teacher:
         with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
             return forward(self.model, batch, wanted)
 
+    def calls(self, batch: Batch, layers: Sequence[int]) -> dict[int, Call]:
+        """How it would call these layers, in its own dtype, without running any."""
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+            return calls_without_running(self.model, batch, layers)
+
     @property
     def head(self) -> Head:
         """What turns its last states into logits."""
@@ -53,7 +64,7 @@ def head_of(model: PreTrainedModel) -> Head:
     Raises InputError for an output layer that is not a plain linear one.
     """
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
         raise InputError(
             f"model_type={model.config.model_type!r} has a {type(layer).__name__} as its output layer, which the "
             "distillation losses do not compute: leave lm_head out of target_modules and modules_to_save, or merge "
@@ -64,13 +75,28 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(layer.weight, layer.bias, scale=scale, cap=cap)
 
 
-def load(name: str, dtype: DtypeName, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The model of that name or folder, on `device`; raises InputError if there is none or its family is unknown."""
+def load(
+    name: str, dtype: DtypeName, device: torch.device | str = "cpu", packed: Packed | None = None
+) -> PreTrainedModel:
+    """The model of that name or folder, on `device`; raises InputError if there is none or its family is unknown.
+
+    Args:
+        name: Hub name or folder.
+        dtype: Type of its weights, and with `packed` of what is not packed.
+        device: Where to.
+        packed: Its layers' weights in fewer bits.
+    """
     layout_of(demo.read_config(name))
+    weights = getattr(torch, dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            demo.resolve(name), dtype=getattr(torch, dtype), device_map={"": torch.device(device)}
+        model = AutoModelForCausalLM.from_pretrained(
+            demo.resolve(name),
+            dtype=weights,
+            device_map={"": torch.device(device)},
+            quantization_config=None if packed is None else quantized.config_for(packed, weights),
         )
+        quantized.settle(model)
+        return model
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"The weights of model.teacher={name!r} cannot be loaded ({reason})") from error
@@ -82,7 +108,8 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     Not `model.to(dtype)`, which would round the rotary frequencies too.
     """
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():  # others are packed
+            parameter.data = parameter.data.to(dtype)
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
@@ -96,8 +123,3 @@ def recompute_activations(model: PreTrainedModel) -> None:
     # transformers renamed it in version 5.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def own(parameter: nn.Parameter) -> None:
-    """Gives a parameter storage of its own, keeping its identity."""
-    parameter.data = parameter.data.clone()

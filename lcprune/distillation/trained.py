@@ -4,24 +4,37 @@
     layers         every decoder layer; embeddings, final norm and head stay the teacher's
     merged         only layers that descend from several of the teacher's
     after_merge    every layer from the first merged one on
+    lora           adapters on every decoder layer, and nothing else; lora_merged and lora_after_merge likewise
 
 What is trained has storage of its own, in the type that weights are trained in. What is not is the teacher's own
 tensor: it takes no memory, and the layers before the first trained one need not be run a second time.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.lineage import Lineage
 
-Trained: TypeAlias = Literal["all", "layers", "merged", "after_merge"]
+Trained: TypeAlias = Literal["all", "layers", "merged", "after_merge", "lora", "lora_merged", "lora_after_merge"]
 """Names of what can be trained."""
 TRAINED: tuple[Trained, ...] = get_args(Trained)
+BESIDE_PREFIX: tuple[Trained, ...] = ("merged", "after_merge", "lora_merged", "lora_after_merge")
+"""Those that leave the layers before the first merged one as they are."""
+
+
+def trains_adapters(what: Trained) -> bool:
+    """Whether adapters are trained instead of the weights themselves."""
+    return what.startswith("lora")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name, as peft gives it, is that of an adapter's factor."""
+    return ".lora_" in name and ".default." in name
 
 
 def trained_layers(what: Trained, lineage: Lineage) -> tuple[int, ...]:
@@ -32,9 +45,9 @@ def trained_layers(what: Trained, lineage: Lineage) -> tuple[int, ...]:
         (1, 2)
     """
     merged = [place for place, ancestors in enumerate(lineage) if len(ancestors) > 1]
-    if what == "merged":
+    if what in ("merged", "lora_merged"):
         return tuple(merged)
-    if what == "after_merge":
+    if what in ("after_merge", "lora_after_merge"):
         return tuple(range(min(merged, default=len(lineage)), len(lineage)))
     return tuple(range(len(lineage)))
 
@@ -43,14 +56,43 @@ def trained_parameters(student: PreTrainedModel, what: Trained, lineage: Lineage
     """Every Parameter that is trained, each once, in the model's order."""
     layers = layout_of(student.config).layers_of(student)
     modules: Iterable[nn.Module] = [student] if what == "all" else [layers[s] for s in trained_layers(what, lineage)]
-    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+    named = (pair for module in modules for pair in module.named_parameters())
+    return list(dict.fromkeys(parameter for name, parameter in named if is_adapter(name) == trains_adapters(what)))
 
 
 def ever_trained(student: PreTrainedModel, whats: Sequence[Trained]) -> list[nn.Parameter]:
     """Every Parameter that one of the settings may train at some time: what an optimizer has to know from the start."""
-    if "all" in whats:
-        return list(student.parameters())
-    return list(layout_of(student.config).layers_of(student).parameters())
+    layers = layout_of(student.config).layers_of(student)
+    kinds = {trains_adapters(what) for what in whats}
+    named = (student if "all" in whats else layers).named_parameters()
+    return [parameter for name, parameter in named if is_adapter(name) in kinds]
+
+
+def own(parameter: nn.Parameter) -> None:
+    """Gives a parameter storage of its own, keeping its identity."""
+    parameter.data = parameter.data.clone()
+
+
+def make_room(student: PreTrainedModel, stored: Mapping[str, Tensor], lineage: Lineage) -> bool:
+    """Gives storage of their own to frozen Parameters that other values are about to be loaded into, in place.
+
+    Args:
+        student: Some of whose Parameters may be the teacher's memory.
+        stored: What is about to be loaded, by name.
+        lineage: Teacher layers of every student layer.
+
+    Returns:
+        Whether everything before the first merged layer stays as it is.
+    """
+    layers = layout_of(student.config).layers_of(student)
+    behind = {id(p) for s in trained_layers("after_merge", lineage) for p in layers[s].parameters()}
+    untouched = True
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad and not parameter.equal(stored[name].to(parameter)):
+            own(parameter)
+            # An adapter that has not been trained has another A, drawn at random, and the same B = 0.
+            untouched &= id(parameter) in behind or ".lora_A." in name
+    return untouched
 
 
 def train(

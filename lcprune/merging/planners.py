@@ -23,7 +23,7 @@ from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Calibration
 from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity
-from lcprune.merging.lineage import MergeStep
+from lcprune.merging.lineage import Lineage, MergeStep
 from lcprune.merging.operators import Operator, spec_of
 from lcprune.merging.progress import track
 
@@ -46,6 +46,15 @@ class Planner:
             target: Number of layers wanted.
         """
         raise NotImplementedError
+
+    def foresee(self, lineage: Lineage, target: int) -> Lineage | None:
+        """What `plan` will lead to, where that is known without a model; None = it is not.
+
+        Args:
+            lineage: As the model stands.
+            target: Number of layers wanted.
+        """
+        return None
 
 
 class StepwisePlanner(Planner):
@@ -97,15 +106,24 @@ class FixedPlan(Planner):
 
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """Groups not merged yet, renumbered as the layers stand when each is merged."""
-        lineage = list(calibration.lineage)
-        steps: list[MergeStep] = []
+        steps = [new_step(places, operator, uniform(places)) for places, _ in self._merges(calibration.lineage, target)]
+        return with_weight_cosines(calibration, steps)
+
+    def foresee(self, lineage: Lineage, target: int) -> Lineage:
+        """The groups are named, so all is known."""
+        return next((after for _, after in reversed(self._merges(lineage, target))), lineage)
+
+    def _merges(self, lineage: Lineage, target: int) -> list[tuple[list[int], Lineage]]:
+        """Which places become one, and the lineage behind it, merge by merge."""
+        merges = []
         for group in self.groups:
             places = [index for index, members in enumerate(lineage) if set(members) & set(group)]
             if len(places) < 2 or len(lineage) - len(places) + 1 < target:
                 continue
-            steps.append(new_step(places, operator, uniform(places)))
-            lineage[places[0] : places[-1] + 1] = [tuple(m for index in places for m in lineage[index])]
-        return with_weight_cosines(calibration, steps)
+            merged = tuple(member for index in places for member in lineage[index])
+            lineage = (*lineage[: places[0]], merged, *lineage[places[-1] + 1 :])
+            merges.append((places, lineage))
+        return merges
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_mistake_in_a_recipe_is_one_sentence_and_leaves_nothing(
 ):
     changes, expected = RECIPES[name]
     content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", **changes)
-    monkeypatch.setattr("lcprune.distillation.module.load", _never)
+    monkeypatch.setattr("lcprune.distillation.module.load_pair", _never)
     assert main(["fit", "--config", str(write(tmp_path, content))]) == 2
     sentence = _sentence(capsys)
     assert all(part in sentence for part in expected), sentence
@@ -162,7 +162,7 @@ def test_checkpoint_that_does_not_fit_is_refused_before_weights_are_loaded(
 ):
     spoil(checkpoint, tmp_path / "bad.ckpt")
     config = write(tmp_path, recipe(tiny_folder, text_file(tmp_path), tmp_path / "run"))
-    monkeypatch.setattr("lcprune.distillation.module.load", _never)
+    monkeypatch.setattr("lcprune.distillation.module.load_pair", _never)
     assert main(["fit", "--config", str(config), "--ckpt_path", str(tmp_path / "bad.ckpt")]) == 2
     assert expected in _sentence(capsys)
     assert not (tmp_path / "run" / "student").exists()

@@ -1,8 +1,6 @@
 """Text that a model writes itself: what decides it, what it may hold, and what is refused."""
 
-import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from lcprune.data import author, generate
+from lcprune.data import author
 from lcprune.data.author import Author
 from lcprune.data.generate import Generate, text_file
 from lcprune.data.module import TextDataModule
@@ -174,18 +172,6 @@ def test_content_of_the_prompts_decides_and_their_file_does_not(write: Written, 
     assert write(prompts=other) == first
     other.write_text("a\nc\n", encoding="utf-8")
     assert write(prompts=other) != first
-
-
-def test_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(generate, "_LARGE", 1)
-    path = tmp_path / "weights.bin"
-    path.write_bytes(b"one")
-    first, time = generate._hash_of(path), path.stat().st_mtime_ns
-    path.write_bytes(b"two")
-    os.utime(path, ns=(time, time))
-    assert generate._hash_of(path) == first
-    os.utime(path, ns=(time, time + 1))
-    assert generate._hash_of(path) == hashlib.sha256(b"two").hexdigest() != first
 
 
 def test_module_trains_on_what_the_teacher_wrote_and_says_where_it_is(

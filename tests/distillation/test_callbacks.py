@@ -204,7 +204,9 @@ def test_merge_in_the_loop_is_stopping_doing_surgery_and_going_on(
 @pytest.fixture
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when weights are read."""
-    monkeypatch.setattr(module_room, "load", lambda *_: pytest.fail("weights were loaded before the mistake was told"))
+    monkeypatch.setattr(
+        module_room, "load_pair", lambda *_: pytest.fail("weights were loaded before the mistake was told")
+    )
 
 
 @pytest.mark.usefixtures("nothing_loaded")

@@ -23,7 +23,7 @@ def at_once() -> ProgressiveCollapse:
 
 
 def test_building_a_module_loads_nothing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module_room, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(module_room, "load_pair", lambda *_: pytest.fail("weights were loaded"))
     module = runs.student_of(tiny_folder)
     assert module.history.teacher_depth == 6
     assert module.fingerprint["model_type"] == "llama"

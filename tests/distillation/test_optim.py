@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from lcprune.distillation.optim import RewarmingCosine, carry_over, check, forget_gradients
+from lcprune.distillation.optim import Rewarming, RewarmingCosine, RewarmingWSD, carry_over, check, forget_gradients
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeStep
@@ -25,6 +26,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "adamw_8bit": lambda p: AdamW8bit(p, lr=0.01, min_8bit_size=256),  # packs matrices, not norms
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
     "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
 }
@@ -144,13 +146,13 @@ def test_forget_gradients_leaves_none(batch: dict[str, Tensor]):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def made(**settings: object) -> tuple[Optimizer, RewarmingCosine]:
+def made(kind: type[Rewarming] = RewarmingCosine, **settings: object) -> tuple[Optimizer, Rewarming]:
     first, second = Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second], "lr": 20.0}], lr=1.0)
-    return optimizer, RewarmingCosine(optimizer, **settings)  # type: ignore[arg-type]
+    return optimizer, kind(optimizer, **settings)  # type: ignore[arg-type]
 
 
-def rates(optimizer: Optimizer, scheduler: RewarmingCosine, steps: int, merges: tuple[int, ...] = ()) -> list[float]:
+def rates(optimizer: Optimizer, scheduler: Rewarming, steps: int, merges: tuple[int, ...] = ()) -> list[float]:
     """The first group's rate at every optimizer step; a merge happens after so many steps."""
     seen = []
     for step in range(steps):
@@ -175,6 +177,35 @@ def test_rewarming_cosine_is_this_curve():
     assert rates(optimizer, scheduler, 14) == pytest.approx(expected)
 
 
+def test_rewarming_wsd_is_this_curve():
+    optimizer, scheduler = made(RewarmingWSD, warmup_steps=3, rewarm_steps=1, decay=0.4, floor=0.2, total_steps=10)
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.6, 0.43431457505076194, 0.30717967697244912, 0.2, 0.2]
+    assert rates(optimizer, scheduler, 12) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"), [(0.0, [1.0, 1.0, 1.0, 1.0]), (1.0, [1.0, 0.5, 0.29289321881345254, 0.1339745962155614])]
+)
+def test_decay_may_take_nothing_or_the_whole_curve(decay: float, expected: list[float]):
+    assert rates(*made(RewarmingWSD, warmup_steps=0, decay=decay, total_steps=4), 4) == pytest.approx(expected)
+
+
+def test_warm_up_that_leaves_no_room_shortens_the_decay():
+    optimizer, scheduler = made(RewarmingWSD, warmup_steps=3, decay=1.0, total_steps=5)
+    assert rates(optimizer, scheduler, 6) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1 - math.sqrt(0.5), 0.0])
+
+
+def test_rewarm_of_wsd_climbs_back_in_the_stable_part_and_in_the_decay():
+    optimizer, scheduler = made(RewarmingWSD, warmup_steps=0, rewarm_steps=1, decay=0.5, total_steps=8)
+    expected = [1, 1, 0.5, 1, 1, 0.25, 0.29289321881345254, 0.1339745962155614]
+    assert rates(optimizer, scheduler, 8, (2, 5)) == pytest.approx(expected)
+
+
+def test_stable_part_does_not_depend_on_where_the_end_is():
+    long, short = (made(RewarmingWSD, warmup_steps=2, decay=0.2, total_steps=steps) for steps in (100, 20))
+    assert rates(*long, 16) == rates(*short, 16)
+
+
 def test_rewarm_climbs_back_to_the_curve_after_every_merge():
     optimizer, scheduler = made(warmup_steps=0, rewarm_steps=3, floor=0.0, total_steps=16)
     curve = [cosine(k / 16, 0.0) for k in range(16)]
@@ -188,8 +219,12 @@ def test_rewarm_of_no_steps_changes_nothing():
     assert rates(*plain, 9) == rates(*rewarmed, 9, (3, 6))
 
 
-def test_rate_without_a_known_end_stays_at_the_peak():
-    assert rates(*made(warmup_steps=1, rewarm_steps=1), 5) == [0.5, 1.0, 1.0, 1.0, 1.0]
+KINDS = pytest.mark.parametrize("kind", [RewarmingCosine, RewarmingWSD])
+
+
+@KINDS
+def test_rate_without_a_known_end_stays_at_the_peak(kind: type[Rewarming]):
+    assert rates(*made(kind, warmup_steps=1, rewarm_steps=1), 5) == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_total_steps_given_by_the_user_are_not_overwritten():
@@ -201,17 +236,21 @@ def test_total_steps_given_by_the_user_are_not_overwritten():
     assert scheduler.curve.total_steps == 100
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5, 9])
-def test_state_dict_reproduces_all_later_rates(stop: int):
+@KINDS
+@pytest.mark.parametrize("stop", [3, 4, 5, 9, 12])
+def test_state_dict_reproduces_all_later_rates(stop: int, kind: type[Rewarming]):
     settings = {"warmup_steps": 2, "rewarm_steps": 3}
-    optimizer, scheduler = made(**settings)
+    optimizer, scheduler = made(kind, **settings)
     scheduler.set_total_steps(14)
     whole = rates(optimizer, scheduler, 14, (4, 8))
-    optimizer, scheduler = made(**settings)
+    optimizer, scheduler = made(kind, **settings)
     scheduler.set_total_steps(14)
     rates(optimizer, scheduler, stop, (4, 8))
     saved = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-    resumed_optimizer, resumed = made(**settings)
+    assert all(
+        isinstance(value, int | float | bool | list | None) for value in saved["scheduler"]["lr_lambdas"][0].values()
+    )
+    resumed_optimizer, resumed = made(kind, **settings)
     resumed.set_total_steps(99)
     resumed_optimizer.load_state_dict(saved["optimizer"])
     resumed.load_state_dict(saved["scheduler"])
@@ -222,6 +261,12 @@ def test_state_dict_reproduces_all_later_rates(stop: int):
 @pytest.mark.parametrize(
     "wrong", [{"warmup_steps": -1}, {"rewarm_steps": -1}, {"floor": 1.5}, {"floor": -0.1}, {"total_steps": 0}]
 )
-def test_rewarming_cosine_refuses_impossible_numbers(wrong: dict[str, float]):
-    with pytest.raises(InputError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
-        made(**wrong)
+@KINDS
+def test_rewarming_refuses_impossible_numbers(wrong: dict[str, float], kind: type[Rewarming]):
+    with pytest.raises(InputError, match=f"{kind.__name__}.*{next(iter(wrong))}={next(iter(wrong.values()))}"):
+        made(kind, **wrong)
+
+
+def test_rewarming_names_every_mistake_at_once():
+    with pytest.raises(InputError, match=r"RewarmingWSD: floor=2 must .*; decay=1.5 must .*"):
+        made(RewarmingWSD, decay=1.5, floor=2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcprune.distillation.passes import Start, Wanted, forward
-from lcprune.distillation.teacher import second_view
+from lcprune.distillation.teacher import recompute_activations, second_view
 from lcprune.merging.calibration import Batch, hidden_states
 from tests.builders import ALL_FAMILIES, Family, tiny_llama, token_batches
 from tests.merging.planning import layers_of
@@ -69,7 +69,7 @@ def test_gradient_ends_where_the_student_was_handed_over():
 
 def test_prefix_of_a_checkpointed_student_is_stood_in_for_too():
     teacher, student = tiny_llama(), tiny_llama().train()
-    student.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(student)
     with torch.no_grad():
         given = forward(teacher, BATCH, Wanted(calls=(2,)))
         expected = forward(teacher, BATCH, Wanted()).last

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from lcprune import DistillationModule, Labels, Logits
 from lcprune.distillation.passes import Wanted, forward
-from lcprune.distillation.teacher import Teacher, head_of, load, own, second_view
+from lcprune.distillation.teacher import Teacher, head_of, load, second_view
+from lcprune.distillation.trained import own
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeStep

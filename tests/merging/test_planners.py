@@ -194,6 +194,18 @@ def test_fixed_plan_finishes_a_group_that_is_merged_in_part():
     assert history.extend(steps).lineage == ((0,), (1, 2, 3, 4), (5,))
 
 
+@pytest.mark.parametrize("target", [5, 4, 3, 2])
+def test_fixed_plan_foresees_what_it_plans(target: int):
+    planner = FixedPlan([[4, 5], [0, 1, 2, 3]] if target == 2 else [[4, 5], [0, 1, 2]])
+    history = MergeHistory(6, planner.plan(Calibration(tiny_llama(), plain()), Drop(), target))
+    assert planner.foresee(MergeHistory(6).lineage, target) == history.lineage
+    assert planner.foresee(history.lineage, target) == history.lineage
+
+
+def test_planner_that_looks_at_the_model_foresees_nothing():
+    assert OneShotRanking().foresee(MergeHistory(6).lineage, 4) is None
+
+
 @pytest.mark.parametrize(
     ("groups", "words"),
     [

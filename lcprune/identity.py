@@ -1,0 +1,68 @@
+"""Which model this is, by what is in it: the same under another name, another once a weight has changed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from lcprune import demo
+
+LARGE = 1 << 26
+"""Bytes; hashes of larger files are remembered."""
+_DECIDING = {".json", ".safetensors", ".bin", ".model", ".txt"}  # weights, config and tokenizer; no README
+
+
+def content_of(model: str) -> str:
+    """The hash of everything in a model's folder that decides what it says; a hub model's name and commit."""
+    return _content_of(model, lambda file: file.suffix in _DECIDING)
+
+
+def weights_of(model: str) -> str:
+    """The hash of a model's config and weights; a hub model's name and commit."""
+    return _content_of(model, lambda file: file.name == "config.json" or file.suffix in (".safetensors", ".bin"))
+
+
+def vocabulary_of(model: str) -> str:
+    """The hash of what every token id of a model's tokenizer stands for."""
+    words = sorted(demo.load_tokenizer(model).get_vocab().items())
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+def hash_of(file: Path) -> str:
+    """The SHA-256 of a file; a large one's is remembered as long as its size and time stay."""
+    stat = file.stat()
+    key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    memory = demo._cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
+    if memory.is_file():
+        return memory.read_text(encoding="utf-8")
+    digest = sha256_of(file)
+    if stat.st_size >= LARGE:
+        with suppress(OSError):  # next time it is only computed again
+            _remember(digest, memory)
+    return digest
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file as it is now."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while piece := content.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _content_of(model: str, decides: Callable[[Path], bool]) -> str:
+    folder = Path(demo.resolve(model))
+    if not folder.is_dir():
+        return f"{model}@{demo.read_config(model)._commit_hash}"
+    lines = [f"{file.name} {hash_of(file)}" for file in sorted(folder.iterdir()) if decides(file)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _remember(digest: str, memory: Path) -> None:
+    beside = memory.with_suffix(f".{os.getpid()}")
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(digest, encoding="utf-8")
+    beside.rename(memory)

@@ -1,0 +1,183 @@
+"""Beside what users would take instead: `python tests/benchmarks/peers.py [--random llama-3.2-1b --device cuda]`.
+
+    pip install -e ".[peers]"
+
+trl, nvidia-modelopt and optipfair distil the same student from the same teacher: same blocks, types, loss, optimizer
+and clipping (contestants.py says how). Every figure comes from a process of its own, all in turn in every round, so
+that whatever else the machine does meets all. A peer that does not run is named with its error and does not count.
+
+    seconds       median step, from optimizer step to optimizer step, data, clipping and AdamW included
+    memory        peak while training, weights and optimizer included: the allocator's on CUDA, on CPUs the process's
+                  beyond what it held before it had a model
+
+`time_ratio`, `time_ratio_after_merge` and `memory_ratio` are ours over the best peer of the same round, the median over
+rounds. The last line is one JSON object. `--tiny` is for a try-out: its figures say nothing.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lcprune import Calibration, Drop, FixedPlan
+from lcprune.demo import DEMO, resolve
+from lcprune.merging import surgery
+from tests.benchmarks.contestants import CONTESTANTS, Work
+from tests.benchmarks.shapes import SHAPES, config_of, pairs, save_random
+
+OURS = ("ours", "ours_after_merge")
+DISTRIBUTIONS = ("trl", "nvidia-modelopt", "optipfair", "transformers", "torch")
+TINY = {"random": "llama-3.2-1b", "layers": 10, "hidden": 64, "vocabulary": 512, "block_size": 32, "steps": 2}
+
+Round = dict[str, Mapping[str, float]]
+
+
+def shortened(teacher: str, folder: Path, groups: list[list[int]]) -> Path:
+    """The student as a folder, for those who cannot merge."""
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    depth = model.config.num_hidden_layers - len(groups)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    steps = FixedPlan(groups).plan(Calibration(model, [{"input_ids": ids}]), Drop(), depth)
+    surgery.apply_all(model, steps)
+    model.save_pretrained(folder)
+    return folder
+
+
+def elsewhere(name: str, work: Work) -> Mapping[str, float] | str:
+    """Figures of one, or why there are none."""
+    script = Path(__file__).with_name("contestants.py")
+    done = subprocess.run([sys.executable, str(script), name, work.argument()], capture_output=True, text=True)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def race(names: Sequence[str], work: Work, rounds: int) -> tuple[list[Round], dict[str, str]]:
+    """All in turn, round by round; those that failed once are left out from then on."""
+    results: list[Round] = []
+    failed: dict[str, str] = {}
+    for number in range(rounds):
+        results.append({})
+        for name in names:
+            if name in failed:
+                continue
+            outcome = elsewhere(name, work)
+            if isinstance(outcome, str):
+                failed[name] = outcome
+                print(f"{name}: {outcome}", flush=True)
+            else:
+                results[-1][name] = outcome
+                seconds, memory = outcome["seconds"], outcome["memory_mb"]
+                print(f"round {number + 1}  {name:18s} {seconds:9.4f} s {memory:9.1f} MB", flush=True)
+    return results, failed
+
+
+def ratio(rounds: Sequence[Round], name: str, figure: str) -> float | None:
+    """Ours over the best peer of the same round, the median over rounds; None where there is nothing to compare."""
+    quotients = []
+    for results in rounds:
+        peers = [figures[figure] for peer, figures in results.items() if peer not in OURS]
+        if name in results and peers:
+            quotients.append(results[name][figure] / min(peers))
+    return round(statistics.median(quotients), 4) if quotients else None
+
+
+def summary(rounds: Sequence[Round]) -> dict[str, object]:
+    """The ratios, and everyone's medians."""
+    names = list(dict.fromkeys(name for results in rounds for name in results))
+    each = {
+        name: {
+            figure: round(statistics.median(results[name][figure] for results in rounds if name in results), 4)
+            for figure in ("seconds", "memory_mb")
+        }
+        for name in names
+    }
+    return {
+        "time_ratio": ratio(rounds, "ours", "seconds"),
+        "time_ratio_after_merge": ratio(rounds, "ours_after_merge", "seconds"),
+        "memory_ratio": ratio(rounds, "ours", "memory_mb"),
+        "memory_ratio_after_merge": ratio(rounds, "ours_after_merge", "memory_mb"),
+        "each": each,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what is compared, as far as it is there."""
+    known = {distribution.metadata["Name"].lower(): distribution.version for distribution in metadata.distributions()}
+    return {name: known[name] for name in DISTRIBUTIONS if name in known}
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEMO, help="teacher: hub name, folder or demo:smollm2")
+    parser.add_argument("--random", choices=list(SHAPES), help="a random model of this shape instead")
+    parser.add_argument("--layers", type=int, help="of --random, instead of the shape's own")
+    parser.add_argument("--hidden", type=int, help="of --random")
+    parser.add_argument("--vocabulary", type=int, help="of --random")
+    parser.add_argument("--batch-size", type=int, default=2, help="blocks in a batch")
+    parser.add_argument("--block-size", type=int, default=256, help="tokens in a block")
+    parser.add_argument("--steps", type=int, default=5, help="that are timed, after two that are not")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--depth", type=int, help="layers of the student; default: 24 of 30")
+    parser.add_argument("--first", type=int, help="first merged layer; default: 12 of 30")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="bfloat16: as bf16-mixed")
+    parser.add_argument("--activations", choices=["keep", "recompute"], default="keep", help="of all contestants")
+    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model, two steps")
+    given = parser.parse_args(arguments)
+    for name, value in TINY.items() if given.tiny else ():
+        setattr(given, name, value)
+    return given
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures and prints."""
+    given = parsed(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if given.random is not None:
+            config = config_of(given.random, layers=given.layers, hidden=given.hidden, vocabulary=given.vocabulary)
+            teacher = str(save_random(Path(folder) / "teacher", config))
+        else:
+            teacher = resolve(given.model)
+        depth = AutoConfig.from_pretrained(teacher).num_hidden_layers
+        first = round(depth * 12 / 30) if given.first is None else given.first
+        groups = pairs(depth, given.depth or round(depth * 24 / 30), first)
+        work = Work(
+            teacher,
+            str(shortened(teacher, Path(folder) / "student", groups)),
+            groups,
+            batch_size=given.batch_size,
+            block_size=given.block_size,
+            steps=given.steps,
+            device=given.device,
+            dtype=given.dtype,
+            activations=given.activations,
+        )
+        rounds, failed = race(given.only, work, given.rounds)
+    result = summary(rounds) | {
+        "failed": failed,
+        "versions": versions(),
+        "model": given.random or given.model,
+        "merged": f"{len(groups)} pairs from layer {groups[0][0]}",
+        "tokens": given.batch_size * given.block_size,
+        "dtype": given.dtype,
+        "activations": given.activations,
+        "device": torch.cuda.get_device_name() if given.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
