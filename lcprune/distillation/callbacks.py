@@ -26,7 +26,7 @@ from lcprune.distillation import adapters, optim
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Milestone, Schedule
-from lcprune.distillation.strategies import parameters_changed
+from lcprune.distillation.strategies import optimizer_steps, parameters_changed
 from lcprune.errors import InputError, RunError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
@@ -128,7 +128,7 @@ class ProgressiveCollapse(Callback):
         if self.schedule is None:
             return
         module = _ours(pl_module)
-        last, steps = self.schedule.milestones(module.history.teacher_depth)[-1][0], trainer.estimated_stepping_batches
+        last, steps = self.schedule.milestones(module.history.teacher_depth)[-1][0], optimizer_steps(trainer)
         if steps <= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
                 f"{self.schedule}: the merge at step {last} is never reached, the run ends after {steps} optimizer "

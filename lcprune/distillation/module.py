@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
@@ -33,7 +34,7 @@ from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import RngState, restore_rng_state, rng_state
-from lcprune.distillation.strategies import parameters_changed
+from lcprune.distillation.strategies import clip_gradients, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype, recompute_activations
 from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
@@ -264,10 +265,16 @@ class DistillationModule(LightningModule):
         self.log_dict({**others, "depth": float(self.history.depth)}, batch_size=size)
         return self._window.weigh(terms["loss"], objectives.scored_positions(batch))
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Makes the gradient that of the mean over all tokens since the last step, on all ranks, however split."""
         micro_batches = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
         self._window.close(micro_batches, [p for p in self.student.parameters() if p.grad is not None])
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As in Lightning, but for fused optimizers under bf16-mixed too."""
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Perplexity and agreement with the teacher over the validation text."""
@@ -377,7 +384,7 @@ class DistillationModule(LightningModule):
                 "(collapse.schedule.first: 0), or train all or layers until then."
             )
         self.check_cache([self.history.lineage])
-        steps = self.trainer.estimated_stepping_batches
+        steps = optimizer_steps(self.trainer)
         if steps < float("inf"):
             self._end = int(steps)
             for config in self.trainer.lr_scheduler_configs:

@@ -106,6 +106,18 @@ def test_run_works_with_this_trainer_setting(run: Run, name: str):
     assert taught == (torch.bfloat16 if name in ("bf16-mixed", "bf16-true", "16-mixed") else torch.float32)
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_fused_optimizers_are_clipped_in_mixed_precision_too(run: Run, algorithm: str):
+    ends = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = {"optimizer": partial(torch.optim.SGD, lr=1e-1, fused=fused)}
+        run.fit(model=model, precision="bf16-mixed", gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm)
+        ends.append(runs.weights_of(run.module))
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_recomputed_activations_change_nothing(run: Run, precision: str):
     ends = []
@@ -186,6 +198,8 @@ def test_accumulation_scheduler_changes_how_many_batches_make_a_step(run: Run):
     trainer = run.fit(GradientAccumulationScheduler({0: 4, 1: 1}), max_steps=-1, max_epochs=2, limit_train_batches=16)
     run.check()
     assert trainer.global_step == 16 // 4 + 16
+    (config,) = trainer.lr_scheduler_configs
+    assert config.scheduler.curve.total_steps == trainer.global_step
 
 
 def test_accumulated_by_the_scheduler_is_accumulated_by_the_trainer(run: Run):
