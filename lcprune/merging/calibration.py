@@ -34,6 +34,7 @@ Batch = Mapping[str, Tensor]
 Hook = Callable[[nn.Module, tuple[object, ...], Tensor | tuple[Tensor, ...]], None]
 """A forward hook of a decoder layer."""
 
+_ByKind = dict[tuple[object, ...], Mapping[str, object]]
 HEAD_CHUNK = 1024
 """Tokens whose logits exist at once when a loss is measured."""
 
@@ -229,17 +230,19 @@ class PrefixCache:
     """The residual stream before every layer of a model, batch by batch.
 
     A candidate that changes the model from layer `l` on is measured by running only the layers from there
-    (`LaCo`'s and `SLEB`'s searches). Memory: batches x (highest + 1) states [B, T, D].
+    (`LaCo`'s and `SLEB`'s searches). Memory: batches x (highest + 1) / every states [B, T, D].
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], highest: int) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], highest: int, every: int = 1) -> None:
         """Runs the batches once.
 
         Args:
             model: A causal LM of a known family.
             batches: Calibration batches.
             highest: The last layer before which the stream is kept.
+            every: Kept before every so-manieth layer only; from there the layers up to the one asked for run again.
         """
+        self._every = every
         self._model, self._layout = model, layout_of(model.config)
         self._batches = batches
         self.last: list[Tensor] = []
@@ -247,7 +250,7 @@ class PrefixCache:
         self._states: list[list[Tensor]] = []
         # Masks and rotary embeddings differ between kinds of layers; a layer's number, and even the kind of a module,
         # may change when others are merged into it.
-        self._arguments: list[dict[tuple[object, ...], Mapping[str, object]]] = []
+        self._arguments: list[_ByKind] = []
         self._record(highest)
 
     def _record(self, highest: int) -> None:
@@ -261,7 +264,7 @@ class PrefixCache:
                 state = named.pop("hidden_states")
                 assert isinstance(state, Tensor)
                 self._arguments[-1][kind] = named
-                if len(self._states[-1]) <= highest:
+                if index <= highest and index % self._every == 0:
                     self._states[-1].append(state)
 
             return keep
@@ -280,23 +283,35 @@ class PrefixCache:
     def forget_from(self, index: int) -> None:
         """Frees the stream before layer `index` and later; for searches that only move towards the input."""
         for states in self._states:
-            del states[index:]
+            del states[-(-index // self._every) :]
 
     def refresh(self, start: int) -> None:
         """Keeps the stream behind layer `start` anew, after a merge there; the streams before it still hold."""
-        layers = self._layout.layers_of(self._model)
-        kinds = [self._layout.kind_of(self._model.config, index) for index in range(len(layers))]
+        kept = start // self._every + 1
         for states, arguments in zip(self._states, self._arguments, strict=True):
-            del states[start + 1 :]
-            with evaluating(self._model):
-                for index in range(start, len(layers) - 1):
-                    states.append(stream_of(layers[index](states[index], **arguments[kinds[index]])))
+            del states[kept:]
+            for index in range(kept * self._every, len(self._layout.layers_of(self._model)), self._every):
+                states.append(self._through(states[-1], arguments, index - self._every, index))
+
+    def _through(self, state: Tensor, arguments: _ByKind, start: int, end: int) -> Tensor:
+        """What layers start .. end - 1 of the model as it is make of a state."""
+        layers = self._layout.layers_of(self._model)
+        with evaluating(self._model):
+            for index in range(start, end):
+                kind = self._layout.kind_of(self._model.config, index)
+                state = stream_of(layers[index](state, **arguments[kind]))
+        return state
+
+    def _before(self, states: Sequence[Tensor], arguments: _ByKind, index: int) -> Tensor:
+        """One batch's stream before layer `index`; the layers below it are as they were when it was kept."""
+        place = index // self._every
+        return self._through(states[place], arguments, place * self._every, index)
 
     def before(self, index: int) -> Iterator[tuple[Tensor, Mapping[str, object]]]:
         """The stream [B, T, D] before layer `index` and what else that layer is called with, batch by batch."""
         kind = self._layout.kind_of(self._model.config, index)
         for states, arguments in zip(self._states, self._arguments, strict=True):
-            yield states[index], arguments[kind]
+            yield self._before(states, arguments, index), arguments[kind]
 
     def run(self, start: int, entry: int | None = None) -> Iterator[Tensor]:
         """The last state [B, T, D] after the final norm, batch by batch, from layer `start` of the model as it is.
@@ -309,11 +324,9 @@ class PrefixCache:
         norm = self._model.get_submodule(self._layout.final_norm)
         layers = self._layout.layers_of(self._model)
         for states, arguments in zip(self._states, self._arguments, strict=True):
+            state = self._before(states, arguments, start if entry is None else entry)
+            state = self._through(state, arguments, start, len(layers))
             with evaluating(self._model):
-                state = states[start if entry is None else entry]
-                for index in range(start, len(layers)):
-                    kind = self._layout.kind_of(self._model.config, index)
-                    state = stream_of(layers[index](state, **arguments[kind]))
                 state = norm(state)
             yield state
 
@@ -378,9 +391,9 @@ class Calibration:
         with evaluating(model):
             return tuple(hidden_states(model, batch) for batch in track(self.batches, "running the original model"))
 
-    def prefixes(self, highest: int) -> PrefixCache:
-        """The stream before layers 0 .. `highest` of the model as it is."""
-        cache = PrefixCache(self.model, self.batches, highest)
+    def prefixes(self, highest: int, every: int = 1) -> PrefixCache:
+        """The stream before layers 0 .. `highest` of the model as it is, kept before every so-manieth."""
+        cache = PrefixCache(self.model, self.batches, highest, every)
         if self.original is None:
             # That pass was the original model's: it need not run again to be compared with.
             vars(self).setdefault("reference", tuple(cache.last))

@@ -241,7 +241,7 @@ class ThresholdPlanner(Planner):
         base = min(self.highest if self.highest is not None else depth, depth) - self.layers_per_merge
         if base < self.lowest:
             return ()
-        prefixes = calibration.prefixes(base)
+        prefixes = calibration.prefixes(base, every=3)  # a layer more per attempt on average, a third of the memory
         calibration.reference  # noqa: B018 - taken now: inside a trial it would be the trial's own
         criterion, steps = OutputSimilarity(), []
         with ExitStack() as accepted:

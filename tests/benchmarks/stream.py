@@ -3,8 +3,8 @@
 A random Llama is written to a temporary folder layer by layer, then `lcprune collapse --stream` shortens it by
 BlockInfluence and Drop in a process whose address space is limited (RLIMIT_AS: whatever is mapped counts, files and
 0.8 GB of libraries included, so that no trick with memory maps passes). The ordinary command is run under the same
-limit for comparison. The last line is one JSON object; `peak_rss_bytes` is the largest resident memory of the streaming process,
-`idle_rss_bytes` that of a process that has only imported the command.
+limit for comparison. The last line is one JSON object; `peak_rss_bytes` is the largest resident memory of the
+streaming process, `idle_rss_bytes` that of a process that has only imported the command.
 """
 
 import argparse

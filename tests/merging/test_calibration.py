@@ -207,6 +207,21 @@ def test_prefix_run_inside_a_trial_is_the_tried_models_forward_pass(family: Fami
         torch.testing.assert_close(list(cache.run(2)), last_states(model, masked()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("every", [2, 3, 4])
+def test_prefix_kept_before_every_so_manieth_layer_gives_the_same_from_every_start(every: int):
+    model, batches = tiny_llama(), masked()
+    cache, expected = PrefixCache(model, batches, 5, every), last_states(model, batches)
+    for start in (5, 4, 3, 2, 1, 0):
+        torch.testing.assert_close(list(cache.run(start)), expected, rtol=0, atol=0)
+        cache.forget_from(start + 1)
+        torch.testing.assert_close(list(cache.run(start)), expected, rtol=0, atol=0)
+    cache = PrefixCache(model, batches, 5, every)
+    with surgery.trial(model, MergeStep((2, 3), DROP_FIRST, (1.0, 0.0))):
+        cache.refresh(2)
+        for start in range(5):
+            torch.testing.assert_close(list(cache.run(start)), last_states(model, batches), rtol=0, atol=0)
+
+
 def test_prefix_cache_keeps_no_state_above_the_highest():
     cache = PrefixCache(tiny_llama(), plain(), highest=2)
     with pytest.raises(IndexError):
