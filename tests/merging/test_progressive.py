@@ -1,72 +1,33 @@
-"""CoMe's planner against one that scores the merged model from scratch, and the trail that spares it the work."""
+"""CoMe's planner against one that scores the merged model from scratch."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from math import exp, nan
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
-from lcprune.merging import remeasure, surgery
-from lcprune.merging.activity import Activity, kv_heads_of, recording
-from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Batch, Calibration, evaluating, hidden_states, token_loss
-from lcprune.merging.collapse import collapse, execute, plan
+from lcprune.merging import surgery
+from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.collapse import plan
 from lcprune.merging.concat import Concat
 from lcprune.merging.criteria import AngularDistance, BlockInfluence
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
 from lcprune.merging.progressive import ProgressivePlanner, shares_of
-from lcprune.merging.remeasure import Trail, measure_activity
-from lcprune.merging.streaming import StoredModel, StreamedCalibration
-from lcprune.merging.streams import Stream
+from lcprune.merging.remeasure import Trail
 from tests.builders import FAMILIES, Family, tiny_llama, token_batches
+from tests.merging.activities import loss_of, masked, measuring, passes
 from tests.merging.planning import assert_same, groups_of, layers_of, plain, weights_of
 
 OPERATORS: list[Operator] = [Drop(), Drop("last"), Rdsc(), ReplaceWithLast(), WeightedAverage(), Concat()]
 LAST = AngularDistance(span=2, tokens="last")
-
-
-def masked() -> list[Batch]:
-    """Sequences padded on the right, on the left, and not at all."""
-    masks = torch.ones(3, 2, 16, dtype=torch.long)
-    masks[0, 0, 9:] = 0
-    masks[1, 1, :5] = 0
-    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(token_batches(), masks, strict=True)]
-
-
-def seen(model: PreTrainedModel, batches: Sequence[Batch], wanted: Sequence[int]) -> tuple[Activity, ...]:
-    """The activity, from whole forward passes of transformers."""
-    layout, layers = layout_of(model.config), layers_of(model)
-    with evaluating(model), recording([layers[i] for i in wanted], layout, kv_heads_of(model.config)) as recorder:
-        for batch in batches:
-            recorder.mask_BT = batch.get("attention_mask")
-            hidden_states(model, batch)
-    return recorder.activities()
-
-
-def measuring(model: PreTrainedModel, batches: Sequence[Batch]) -> Callable[[Sequence[int]], tuple[Activity, ...]]:
-    return lambda wanted: seen(model, batches, wanted)
-
-
-def assert_close(left: Iterable[Activity], right: Iterable[Activity]) -> None:
-    for one, other in zip(left, right, strict=True):
-        torch.testing.assert_close(one.heads_KI, other.heads_KI, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(one.channels_F, other.channels_F, rtol=1e-4, atol=1e-6)
-
-
-def loss_of(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    with evaluating(model):
-        losses = [token_loss(model, hidden_states(model, batch), batch) for batch in batches]
-    return sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
 
 
 def from_scratch(
@@ -393,140 +354,6 @@ def test_searched_share_that_does_not_matter_is_an_even_one():
     assert step.shares == (0.5, 0.5)
 
 
-# The trail.
-
-
-@pytest.mark.parametrize("batches", [plain(), masked()], ids=["plain", "masked"])
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "gemma3_text", "gpt2", "phi3", "opt", "falcon"])
-def test_activity_is_that_of_whole_passes_before_and_after_merges(family: Family, batches: list[Batch]):
-    model = tiny_llama(7, model_type=family)
-    trail = Trail(model, batches)
-    for base in (5, 1, 1, 2):
-        wanted = (base + 1, base)
-        assert_close(trail.activity(wanted), seen(model, batches, wanted))
-        assert_close(measure_activity(model, batches, wanted), seen(model, batches, wanted))
-        step = MergeStep((base, base + 1), spec_of(WeightedAverage()), (0.25, 0.75))
-        surgery.apply(model, step)
-        trail.forget(base)
-    depth = len(layers_of(model))
-    assert_close(trail.activity(range(depth)), seen(model, batches, range(depth)))
-
-
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of every layer that a batch runs through, as layers are numbered then."""
-    run: list[int] = []
-    original = Stream.run
-
-    def counting(self: Stream, layer: nn.Module, index: int, state: Tensor | None = None) -> Tensor:
-        run.append(list(layers_of(self.model)).index(layer))
-        return original(self, layer, index, state)
-
-    monkeypatch.setattr(Stream, "run", counting)
-    return run
-
-
-def test_after_a_merge_only_what_lies_behind_it_runs_again(monkeypatch: pytest.MonkeyPatch):
-    """With the three batches run as one: boundaries 0, 4, 8 are kept, and the two where the last walk began."""
-    model, run = tiny_llama(10), passes(monkeypatch)
-    trail = Trail(model, plain())
-    for _ in trail.walk(0, 10):
-        pass
-    assert run == list(range(10))
-    for expected in ([4, 5, 6, 7, 8], [5, 6, 7], [5, 6]):
-        run.clear()
-        surgery.apply(model, MergeStep((6, 7), spec_of(Drop()), (1.0, 0.0)))
-        trail.forget(6)
-        depth = len(layers_of(model))
-        for _ in trail.walk(5, depth):
-            pass
-        assert run == expected
-
-
-def test_planner_runs_the_layers_behind_a_merge_and_at_most_four_before_them(monkeypatch: pytest.MonkeyPatch):
-    model, run = tiny_llama(12), passes(monkeypatch)
-    steps = ProgressivePlanner().plan(Calibration(model, plain()), Concat(), 8)
-    behind = sum(12 - number - step.base for number, step in enumerate(steps[:-1], 1))
-    assert 12 + behind <= len(run) <= 12 + behind + 4 * len(steps[:-1])
-
-
-def test_trail_keeps_the_stream_at_few_boundaries():
-    model = tiny_llama(12)
-    trail = Trail(model, plain())
-    for base in (9, 6, 3, 7, 1):
-        for _ in trail.walk(max(0, base - 1), len(layers_of(model))):
-            pass
-        surgery.apply(model, MergeStep((base, base + 1), spec_of(Drop()), (1.0, 0.0)))
-        trail.forget(base)
-        assert len(trail._kept) <= len(layers_of(model)) // remeasure.KEPT_EVERY + 6
-
-
-def test_activity_is_measured_no_further_than_the_highest_layer(monkeypatch: pytest.MonkeyPatch):
-    model, run = tiny_llama(6), passes(monkeypatch)
-    measure_activity(model, plain()[:1], (3, 2))
-    assert run == [0, 1, 2, 3]
-    run.clear()
-    Trail(model, plain()).activity((3, 2))
-    assert run == [0, 1, 2, 3]
-
-
-def test_execution_of_a_plan_runs_only_what_it_asks_for(monkeypatch: pytest.MonkeyPatch):
-    shares = (0.5, 0.5)
-    steps = tuple(MergeStep((base, base + 1), spec_of(Concat()), shares) for base in (6, 3, 3, 3))
-    student, by_hand = tiny_llama(9), tiny_llama(9)
-    surgery.apply_all(by_hand, steps, measuring(by_hand, plain()))
-    run = passes(monkeypatch)
-    execute(student, MergeHistory(9, steps), plain())
-    assert_same(student, by_hand)
-    assert run == [*range(8), *range(5), 3, 4]
-
-
-def test_plan_and_its_execution_make_the_same_model():
-    model, again = tiny_llama(8), tiny_llama(8)
-    history = collapse(model, plain(), target_depth=4, planner=ProgressivePlanner(), operator=Concat())
-    surgery.apply_all(again, history.steps, measuring(again, plain()))
-    assert_same(model, again)
-
-
-# Tokens.
-
-
-def test_angle_of_the_last_tokens_is_that_of_the_last_unmasked_token_of_every_sequence():
-    model, batches = tiny_llama(), masked()
-    calibration = Calibration(model, batches)
-    turns = []
-    for batch in batches:
-        with torch.no_grad():
-            states = model(**batch, output_hidden_states=True, use_cache=False).hidden_states
-        for row, mask in enumerate(batch["attention_mask"].tolist()):
-            last = max(place for place, one in enumerate(mask) if one)
-            cosine = cosine_similarity(states[2][row, last], states[4][row, last], dim=-1)
-            turns.append(cosine.double().arccos().item() / torch.pi)
-    scores = LAST.score(calibration)
-    assert len(scores) == 5
-    assert scores[2] == pytest.approx(sum(turns) / len(turns), abs=1e-6)
-    assert AngularDistance(span=2).score(calibration)[2] != pytest.approx(scores[2], abs=1e-4)
-
-
-def test_angle_of_the_last_tokens_leaves_the_statistics_of_all_tokens_alone():
-    calibration = Calibration(tiny_llama(), plain())
-    before = AngularDistance().score(calibration)
-    LAST.score(calibration)
-    assert calibration.stats(1).tokens == 96
-    assert AngularDistance().score(calibration) == before
-
-
-def test_angle_of_the_last_tokens_is_the_same_for_a_model_that_stays_on_disk(tiny_folder: Path):
-    model = tiny_llama()
-    stored = StoredModel(model.config, tiny_folder, dtype=torch.float32)
-    streamed = StreamedCalibration(stored.model, masked(), stored=stored)
-    assert LAST.score(streamed) == pytest.approx(LAST.score(Calibration(model, masked())), abs=1e-6)
-
-
-def test_names_of_criteria_say_what_is_not_the_default():
-    assert repr(AngularDistance(span=2)) == "AngularDistance(span=2)"
-    assert repr(LAST) == "AngularDistance(span=2, tokens='last')"
-
-
 # Mistakes.
 
 
@@ -548,8 +375,3 @@ def test_names_of_criteria_say_what_is_not_the_default():
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], message: str):
     with pytest.raises(InputError, match=f"ProgressivePlanner: .*{message}"):
         ProgressivePlanner(**settings)  # type: ignore[arg-type]
-
-
-def test_angle_refuses_tokens_that_it_does_not_know():
-    with pytest.raises(InputError, match="tokens='first' of AngularDistance must be all or last"):
-        AngularDistance(tokens="first")  # type: ignore[arg-type]
