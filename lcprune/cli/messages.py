@@ -8,6 +8,8 @@ import lcprune
 from lcprune.errors import InputError
 
 _UNKNOWN = re.compile(r"(?:[Oo]ption '([\w.\-]+)'|unrecognized arguments: --([\w.\-]+))")
+_AMBIGUOUS = re.compile(r"ambiguous option: --([\w.\-]+)")
+_NO_FILE = re.compile(r"Parser key \"([\w.]+)\":\s*(?:Problem with given path: )?.*File does not exist: '?([^'\n]+)'?")
 _NO_CLASS = re.compile(r"(?:Expected a dot import path string: |Import path )'?([\w.\-]+)")
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
 
@@ -19,6 +21,10 @@ def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
         message: Of jsonargparse: possibly many lines, with the causes nested inside.
         settings: All settings there are, to guess what a misspelt one was meant to be.
     """
+    if match := _AMBIGUOUS.search(message):
+        return _unknown_setting(match[1], settings)
+    if match := _NO_FILE.search(message):
+        return f"{match[1]}={match[2]} does not exist: check the path (it counts from the folder the command runs in)."
     if match := _UNKNOWN.search(message):
         return _unknown_setting(match[1] or match[2], settings)
     key = next(iter(re.findall(r'Parser key "([\w.]+)"', message)), "")

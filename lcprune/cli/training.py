@@ -119,6 +119,7 @@ class RecipeCLI(LightningCLI):
         """What can go wrong at the end or at the start is looked at first."""
         self._check_model()
         collapse_of(self).check(self.trainer, self.model)
+        self.model.open_cache()
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to)
         if self._get(self.config, "ckpt_path") is not None:

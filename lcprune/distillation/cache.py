@@ -178,21 +178,18 @@ class TeacherCache:
         }
 
     @classmethod
-    def fitting(cls, folder: Path, teacher: str, blocks: Tensor | None) -> "TeacherCache":
-        """The cache in a folder, for a run.
+    def fitting(cls, folder: Path, teacher: str) -> "TeacherCache":
+        """The cache in a folder, for a run; whether it has the run's text is for `check_blocks` to say.
 
         Args:
             folder: Of the cache.
             teacher: Name of the model that must have made it.
-            blocks: The training blocks [N, T]; None = not known beforehand.
 
         Raises:
-            InputError: The cache is not finished, damaged, or of another teacher, tokenizer or text.
+            InputError: The cache is not finished, damaged, or of another teacher or tokenizer.
         """
         cache = cls(folder)
         cache.check_teacher(teacher)
-        if blocks is not None:
-            cache.check_blocks(blocks)
         origin = cache.manifest.origin
         states = f", states of layers {_listed(origin.layers)}" if origin.layers else ""
         rank_zero_info(

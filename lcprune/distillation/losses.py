@@ -68,15 +68,9 @@ def head_loss(
 
     With N = 0 every term is 0 and the gradient is 0, not missing.
     """
-    settings = Settings(
-        divergence=Divergence() if divergence is None else divergence,
-        divergence_weight=logits_weight,
-        labels_weight=labels_weight,
-        chunk=chunk,
-        dtype=_dtype(student_ND),
-    )
-    total, logits, labels = fused(student_ND, student, Full(teacher_ND.detach(), teacher), targets_N, settings)
-    return HeadLoss(total, logits.detach(), labels.detach(), len(targets_N))
+    formula = Divergence() if divergence is None else divergence
+    settings = Settings(formula, logits_weight, labels_weight, chunk, _dtype(student_ND))
+    return _loss(student_ND, student, Full(teacher_ND.detach(), teacher), targets_N, settings)
 
 
 def bucket_loss(
@@ -101,6 +95,12 @@ def bucket_loss(
         chunk: C; memory is proportional to C * V.
     """
     settings = Settings(Divergence(), logits_weight, labels_weight, chunk, _dtype(student_ND))
+    return _loss(student_ND, student, teacher, targets_N, settings)
+
+
+def _loss(
+    student_ND: Tensor, student: Head, teacher: Full | Buckets, targets_N: Tensor, settings: Settings
+) -> HeadLoss:
     total, logits, labels = fused(student_ND, student, teacher, targets_N, settings)
     return HeadLoss(total, logits.detach(), labels.detach(), len(targets_N))
 

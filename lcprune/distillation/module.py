@@ -22,6 +22,7 @@ from typing_extensions import Self
 from lcprune import demo
 from lcprune.distillation import adapters, objectives, quantized, recall
 from lcprune.distillation import phases as phases_room
+from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
 from lcprune.distillation.accumulation import TokenWindow
 from lcprune.distillation.adapters import Lora
@@ -35,7 +36,7 @@ from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import RngState, restore_rng_state, rng_state
 from lcprune.distillation.strategies import clip_gradients, optimizer_steps, parameters_changed
-from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype, recompute_activations
+from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
 from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
 from lcprune.merging import surgery
@@ -132,8 +133,6 @@ class DistillationModule(LightningModule):
         self._end: int | None = None  # optimizer steps of the whole run, once it has begun
         self._window = TokenWindow()
 
-    # -- what it is made of --------------------------------------------------------------------------------------------
-
     @property
     def teacher_config(self) -> PretrainedConfig:
         """The original's config; read without its weights."""
@@ -158,12 +157,18 @@ class DistillationModule(LightningModule):
         """What a checkpoint must have in common with this module's teacher."""
         return fingerprint_of(self.teacher_config)
 
+    def open_cache(self) -> None:
+        """Opens the teacher cache, where there is to be one; refuses one that another teacher made."""
+        if self.teacher_cache is not None and self.cache is None:
+            self.cache = TeacherCache.fitting(self.teacher_cache, self.teacher_name)
+
     def setup(self, stage: str) -> None:
-        """Opens the teacher cache before weights are loaded; refuses one that does not fit teacher or data."""
-        if self.teacher_cache is not None and stage == "fit":
+        """Before weights are loaded, refuses a teacher cache of another text."""
+        if stage == "fit":
+            self.open_cache()
             source = self.trainer.datamodule  # type: ignore[attr-defined]
-            blocks = source.training_blocks() if isinstance(source, TrainingBlocks) else None
-            self.cache = TeacherCache.fitting(self.teacher_cache, self.teacher_name, blocks)
+            if self.cache is not None and isinstance(source, TrainingBlocks):
+                self.cache.check_blocks(source.training_blocks())
 
     def check_cache(self, lineages: Sequence[Lineage] | None) -> None:
         """Raises InputError if a teacher cache lacks states that training these lineages needs; None = not known."""
@@ -187,7 +192,7 @@ class DistillationModule(LightningModule):
         if self.lora is not None:
             adapters.attach(student, self.lora)
         if self.activations == "recompute":
-            recompute_activations(student)
+            teacher_room.recompute_activations(student)
         if self.compile_layers:
             for layer in layout.layers_of(student):
                 # Not layer.compile(), which would take in the hooks, new at every step, and compile anew for each.
@@ -231,10 +236,7 @@ class DistillationModule(LightningModule):
         """
         super().to(*args, **kwargs)
         if self.teacher is not None:
-            exact = dict(self.teacher.model.named_buffers())
-            for name, buffer in self.student.named_buffers():
-                if buffer.dtype != exact[name].dtype:
-                    buffer.data = exact[name].to(buffer.device, copy=True)
+            teacher_room.restore_buffers(self.student, self.teacher.model)
         return self
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -245,8 +247,6 @@ class DistillationModule(LightningModule):
             return optimizer
         scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # type: ignore[return-value]
-
-    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """At the turn of a phase, chooses anew what is trained."""
@@ -333,8 +333,6 @@ class DistillationModule(LightningModule):
         values = {f"{stage}/{name}": value.to(self.device) for name, value in self.held_out.compute().items()}
         self.log_dict(values)
         self.held_out.reset()
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Adds history, the teacher's fingerprint and every rank's random state, as plain data."""

@@ -118,6 +118,14 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
 
 
+def restore_buffers(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Gives the student's buffers the teacher's precision, and the values that they had in it."""
+    exact = dict(teacher.named_buffers())
+    for name, buffer in student.named_buffers():
+        if buffer.dtype != exact[name].dtype:
+            buffer.data = exact[name].to(buffer.device, copy=True)
+
+
 def recompute_activations(model: PreTrainedModel) -> None:
     """Keeps only the layers' inputs of a forward pass in training, and computes the rest again on the way back."""
     # transformers renamed it in version 5.

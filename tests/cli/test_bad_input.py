@@ -86,7 +86,8 @@ def _never(*args: object) -> None:
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "unknown command": (["fitt"], ("'fitt'", "did you mean fit")),
-    "missing recipe": (["fit", "--config", "nowhere.yaml"], ("nowhere.yaml", "does not exist")),
+    "missing recipe": (["fit", "--config", "nowhere.yaml"], ("nowhere.yaml", "does not exist", "check the path")),
+    "option cut short": (["fit", "--model.objectiv", "Logits"], ("'model.objectiv'", "did you mean model.objective?")),
     "misspelt option": (["fit", "--trainer.max_stepz", "3"], ("max_stepz", "did you mean")),
     "collapse without out": (["collapse", "--config", "x.yaml"], ("--out", "missing")),
     "missing plan": (["collapse", "--config", "x.yaml", "--plan", "nowhere.json", "--out", "o"], ("nowhere.json",)),

@@ -123,6 +123,12 @@ def test_missing_folder_is_asked_for(tiny_folder: Path, tmp_path: Path, capsys: 
     assert "--out is missing" in sentence(capsys)
 
 
+def test_cache_that_is_not_there_leaves_no_run_folder(tiny_folder: Path, tmp_path: Path):
+    file = written(tmp_path, tiny_folder)
+    assert main(["fit", "--config", file, "--model.teacher_cache", str(tmp_path / "nowhere")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
