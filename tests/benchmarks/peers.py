@@ -30,10 +30,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lcprune import Calibration, Drop, FixedPlan
-from lcprune.demo import DEMO, resolve
+from lcprune.demo import resolve
 from lcprune.merging import surgery
+from tests.benchmarks import shapes
 from tests.benchmarks.contestants import CONTESTANTS, Work
-from tests.benchmarks.shapes import SHAPES, config_of, pairs, save_random
+from tests.benchmarks.shapes import add_arguments, pairs, teacher_of
 
 OURS = ("ours", "ours_after_merge")
 DISTRIBUTIONS = ("trl", "nvidia-modelopt", "optipfair", "transformers", "torch")
@@ -120,23 +121,14 @@ def versions() -> dict[str, str]:
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEMO, help="teacher: hub name, folder or demo:smollm2")
-    parser.add_argument("--random", choices=list(SHAPES), help="a random model of this shape instead")
-    parser.add_argument("--layers", type=int, help="of --random, instead of the shape's own")
-    parser.add_argument("--hidden", type=int, help="of --random")
-    parser.add_argument("--vocabulary", type=int, help="of --random")
+    add_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=2, help="blocks in a batch")
-    parser.add_argument("--block-size", type=int, default=256, help="tokens in a block")
     parser.add_argument("--steps", type=int, default=5, help="that are timed, after two that are not")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--depth", type=int, help="layers of the student; default: 24 of 30")
-    parser.add_argument("--first", type=int, help="first merged layer; default: 12 of 30")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="bfloat16: as bf16-mixed")
     parser.add_argument("--activations", choices=["keep", "recompute"], default="keep", help="of all contestants")
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--tiny", action="store_true", help="a tiny random model, two steps")
-    given = parser.parse_args(arguments)
+    given = shapes.parsed(parser, arguments)
     for name, value in TINY.items() if given.tiny else ():
         setattr(given, name, value)
     return given
@@ -146,11 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures and prints."""
     given = parsed(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        if given.random is not None:
-            config = config_of(given.random, layers=given.layers, hidden=given.hidden, vocabulary=given.vocabulary)
-            teacher = str(save_random(Path(folder) / "teacher", config))
-        else:
-            teacher = resolve(given.model)
+        teacher = resolve(teacher_of(given, Path(folder) / "teacher"))
         depth = AutoConfig.from_pretrained(teacher).num_hidden_layers
         first = round(depth * 12 / 30) if given.first is None else given.first
         groups = pairs(depth, given.depth or round(depth * 24 / 30), first)

@@ -4,6 +4,7 @@ Speed and memory depend on shapes and types, not on what the weights say: a rand
 for one that cannot be fetched. Only torch and transformers are needed here.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -57,6 +58,36 @@ def config_of(
         bos_token_id=None,
         eos_token_id=1,
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which teacher, how it is merged, and where and in what both are run."""
+    parser.add_argument("--model", default="demo:smollm2", help="teacher: hub name, folder or demo:smollm2")
+    parser.add_argument("--random", choices=list(SHAPES), help="a random model of this shape instead")
+    parser.add_argument("--layers", type=int, help="of --random, instead of the shape's own")
+    parser.add_argument("--hidden", type=int, help="of --random")
+    parser.add_argument("--vocabulary", type=int, help="of --random")
+    parser.add_argument("--block-size", type=int, default=256, help="tokens in a block")
+    parser.add_argument("--depth", type=int, help="layers of the student; default: 24 of 30")
+    parser.add_argument("--first", type=int, help="first merged layer; default: 12 of 30")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="bfloat16: as bf16-mixed")
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; sizes without a shape are refused."""
+    given = parser.parse_args(arguments)
+    if given.random is None and any(value is not None for value in (given.layers, given.hidden, given.vocabulary)):
+        parser.error("--layers, --hidden and --vocabulary are sizes of --random: name its shape.")
+    return given
+
+
+def teacher_of(given: argparse.Namespace, folder: Path) -> str:
+    """The model that was named, or a random one written to a folder."""
+    if given.random is None:
+        return str(given.model)
+    config = config_of(given.random, layers=given.layers, hidden=given.hidden, vocabulary=given.vocabulary)
+    return str(save_random(folder, config))
 
 
 def save_random(folder: Path, config: LlamaConfig, dtype: torch.dtype = torch.float32) -> Path:

@@ -27,12 +27,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lcprune import Boundary, Calibration, DistillationModule, Drop, FixedPlan, Local, Logits
-from lcprune.demo import DEMO
 from lcprune.distillation.levels import Level
 from lcprune.distillation.trained import Trained
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Batch
-from tests.benchmarks.shapes import SHAPES, config_of, pairs, save_random
+from tests.benchmarks.shapes import add_arguments, pairs, parsed, teacher_of
 
 Step = Callable[[], torch.Tensor]
 SETTINGS: dict[str, tuple[list[Level], Trained]] = {
@@ -142,28 +141,13 @@ def measure(bench: Bench) -> dict[str, object]:
 def main(arguments: list[str] | None = None) -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEMO, help="teacher: hub name, folder or demo:smollm2")
-    parser.add_argument("--random", choices=list(SHAPES), help="a random model of this shape instead")
-    parser.add_argument("--layers", type=int, help="of --random, instead of the shape's own")
-    parser.add_argument("--hidden", type=int, help="of --random")
-    parser.add_argument("--vocabulary", type=int, help="of --random")
+    add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=512, help="tokens in a batch")
-    parser.add_argument("--block-size", type=int, default=256, help="tokens in a block")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of steps that are timed")
-    parser.add_argument("--depth", type=int, help="layers of the student; default: 24 of 30")
-    parser.add_argument("--first", type=int, help="first merged layer; default: 12 of 30")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="bfloat16: as bf16-mixed")
-    given = parser.parse_args(arguments)
+    given = parsed(parser, arguments)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        model = given.model
-        if given.random is not None:
-            config = config_of(given.random, layers=given.layers, hidden=given.hidden, vocabulary=given.vocabulary)
-            model = str(save_random(Path(folder), config))
-        elif any(value is not None for value in (given.layers, given.hidden, given.vocabulary)):
-            parser.error("--layers, --hidden and --vocabulary are sizes of --random: name its shape.")
-        bench = Bench(model, given)
+        bench = Bench(teacher_of(given, Path(folder)), given)
         result = measure(bench)
     result |= {
         "model": given.random or given.model,
