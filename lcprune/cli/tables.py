@@ -1,6 +1,7 @@
 """Rich tables: a plan, scores of layers, and what became of a run."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from math import inf, isfinite
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from rich.table import Table
 from lcprune.delivery.figures import Figures, ModelFigures
 from lcprune.merging.criteria import SAFEST, ranking
 from lcprune.merging.lineage import MergeHistory
-from lcprune.merging.operators import from_spec
+from lcprune.merging.operators import Operator, from_spec
 
 ORTHOGONAL = 0.1
 """Below this mean cosine between weights, adding or averaging them is hopeless without training."""
+MOST_SHARES = 4
+"""Members whose shares are listed one by one."""
 LAYER_WIDTH, SCORE_WIDTH = 9, 20
 """Columns of the terminal that the number of a layer and its score take in the table of scores, lines included."""
 
@@ -21,8 +24,11 @@ LAYER_WIDTH, SCORE_WIDTH = 9, 20
 def plan(history: MergeHistory) -> None:
     """A plan or history, one row per merge, and a warning where the operator cannot work well."""
     table = Table(title=f"{history.teacher_depth} layers -> {history.depth}", title_justify="left")
-    for heading in ("merge", "layers", "teacher", "operator", "shares", "scores"):
+    names = list(dict.fromkeys(name for step in history.steps for name in step.scores))
+    for heading in ("merge", "layers", "teacher", "operator", "shares"):
         table.add_column(heading, overflow="fold")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right", overflow="fold")
     reached = MergeHistory(history.teacher_depth)
     hopeless = []
     for number, step in enumerate(history.steps, 1):
@@ -32,9 +38,9 @@ def plan(history: MergeHistory) -> None:
             str(number),
             _run(step.group),
             _run(ancestors),
-            str(operator),
-            " ".join(f"{share:.2f}" for share in step.shares),
-            "  ".join(f"{name} {value:.4g}" for name, value in step.scores.items()),
+            _short(operator),
+            _shares(step.shares),
+            *(f"{step.scores[name]:.4g}" if name in step.scores else "" for name in names),
         )
         if operator.elementwise and step.scores.get("weight_cosine", 1.0) < ORTHOGONAL:
             hopeless.append(number)
@@ -121,6 +127,21 @@ def _cells(values: Sequence[float], rows: int) -> list[str]:
         mark = f" {ranks[layer]}" if ranks[layer] <= SAFEST else ""
         cells.append(f"{value:9.4g} {'█' * round(5 * part):<5}{mark}")
     return cells + [""] * (rows - len(values))
+
+
+def _short(operator: Operator) -> str:
+    """The class, and the values of the arguments that are not the defaults: Drop (first)."""
+    settings = [(getattr(operator, field.name), field.default) for field in fields(operator)]  # type: ignore[arg-type]
+    given = [str(value) for value, usual in settings if value != usual]
+    return type(operator).__name__ + (f" ({', '.join(given)})" if given else "")
+
+
+def _shares(shares: Sequence[float]) -> str:
+    """The fractions; of a large group the largest and whose it is, counted from the base on."""
+    if len(shares) <= MOST_SHARES:
+        return " ".join(f"{share:.2f}" for share in shares)
+    largest = max(range(len(shares)), key=shares.__getitem__)
+    return f"{shares[largest]:.2f} for member {largest + 1} of {len(shares)}"
 
 
 def _run(layers: Sequence[int]) -> str:
