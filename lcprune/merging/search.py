@@ -179,7 +179,6 @@ class _Bench:
     ) -> None:
         self._model, self._layout, self._operators = calibration.model, calibration.layout, operators
         self._ridge = RidgeRefit(layers="merged", projections="mlp", strengths=[strength])
-        self._needs_activity = any(operator.needs_activity for operator in operators)
         self._held_out = held_out
         self._fit, self._held = Stream(calibration.model, fitting), Stream(calibration.model, held_out)
         original = calibration.original if calibration.original is not None else surgery.second_view(calibration.model)
@@ -196,14 +195,18 @@ class _Bench:
         if calibration.original is None:
             # The student is its own original as yet: its states are the teacher's, and held once.
             self._fit_before += self._targets[:-1]
-        self.refresh(0)
+        self._run_on()
 
     def refresh(self, place: int) -> None:
         """Runs the text again from this layer on, after a merge there."""
+        for before in (self._fit_before, self._held_before):
+            del before[place + 1 :]
+        self._run_on()
+
+    def _run_on(self) -> None:
+        """Runs the text from the last stream that is kept to the one before the last layer, and judges the model."""
         layers = self._layout.layers_of(self._model)
         for stream, before in ((self._fit, self._fit_before), (self._held, self._held_before)):
-            if place > 0:
-                del before[place + 1 :]
             stream.states = list(before[-1])
             for layer in layers[len(before) - 1 : len(layers) - 1]:
                 stream.advance(layer)

@@ -1,11 +1,13 @@
 """RefitSearch finds what brute force finds, judged after the refit, and gives the model back as it was."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 
 from lcprune.errors import InputError
+from lcprune.merging import search as search_module
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Batch, Calibration, evaluating, hidden_states, token_loss
 from lcprune.merging.collapse import collapse, execute, plan
@@ -66,20 +68,41 @@ def test_search_judges_by_sequences_it_does_not_fit_on():
     assert not rows[0] & rows[1]
 
 
-def test_search_with_every_candidate_looks_no_further_than_with_all_of_them():
-    plans = [
-        RefitSearch(candidates=number).plan(Calibration(tiny_llama(5), BATCHES), FIRST, 3) for number in (100, 200)
-    ]
-    assert plans[0] == plans[1]
+@pytest.mark.parametrize(("seed", "base"), [(6, 0), (10, 0), (3, 1), (9, 2)])
+def test_the_second_merge_is_the_one_a_new_search_finds_in_the_merged_and_refitted_student(
+    monkeypatch: pytest.MonkeyPatch, seed: int, base: int
+):
+    # All of the held-out text for every candidate: half of so little of it says nothing.
+    monkeypatch.setattr(search_module, "CLEARLY_WORSE", 1e3)
+    search = RefitSearch(also=[LAST], candidates=100, fit_sequences=9, held_out_sequences=3)
+    first, second = search.plan(Calibration(tiny_llama(5, seed=seed), BATCHES), FIRST, 3)
+    assert first.base == base
+    teacher, student = tiny_llama(5, seed=seed), tiny_llama(5, seed=seed)
+    surgery.apply(student, first)
+    done, (fitting, _) = MergeHistory(5, (first,)), search._split(BATCHES)
+    refit = RidgeRefit(layers="merged", projections="mlp", strengths=[0.1])
+    refit.refit(Stream(student, fitting), Stream(teacher, fitting), done.lineage, [base])
+    (again,) = search.plan(Calibration(student, BATCHES, original=teacher, history=done), FIRST, 3)
+    assert (second.group, second.operator, second.shares) == (again.group, again.operator, again.shares)
+    assert second.scores["perplexity_after_refit"] == pytest.approx(again.scores["perplexity_after_refit"], rel=1e-5)
 
 
-def test_search_goes_on_from_a_merged_student():
-    teacher, student = tiny_llama(5), tiny_llama(5)
-    done = MergeStep((1, 2), spec_of(FIRST), (1.0, 0.0))
-    surgery.apply(student, done)
-    calibration = Calibration(student, BATCHES, original=teacher, history=MergeHistory(5, (done,)))
-    (step,) = RefitSearch().plan(calibration, FIRST, 3)
-    assert MergeHistory(5, (done, step)).depth == 3
+def test_fewer_candidates_are_fewer_trials(monkeypatch: pytest.MonkeyPatch):
+    trials: list[int] = []
+    attempt = search_module._Bench._try
+
+    def counted(bench: Any, *args: Any) -> Any:
+        trials[-1] += 1
+        return attempt(bench, *args)
+
+    monkeypatch.setattr(search_module._Bench, "_try", counted)
+    for candidates in (1, 100):
+        trials.append(0)
+        RefitSearch(also=[LAST], candidates=candidates).plan(Calibration(tiny_llama(5), BATCHES), FIRST, 3)
+    # Both operators at four places, then at three; or one at four and the other at the best of them, then the same
+    # look again and at most two beside the merge.
+    assert trials[1] == 8 + 6
+    assert 5 + 1 <= trials[0] <= 5 + 3
 
 
 def test_search_needs_two_sequences():
