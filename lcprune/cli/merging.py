@@ -14,6 +14,7 @@ from lcprune.delivery.export import check_target, export
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
 from lcprune.merging import collapse
+from lcprune.merging.activity import KnownActivity
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import from_spec
 
@@ -54,9 +55,10 @@ def _collapse(arguments: list[str]) -> None:
         streaming.collapse(own, cli, given, goal)
         return
     model = options.load_model(own, cli)
+    known = KnownActivity()
     if given is None:
         assert goal is not None
-        given = _plan(model, cli, goal)
+        given = _plan(model, cli, goal, known)
     history = replace(given, teacher=name)
     tables.plan(history)
     if own.plan_only:
@@ -65,12 +67,12 @@ def _collapse(arguments: list[str]) -> None:
         print(budgets.outcome(history, cli, budget))
         print(f"{path}: edit it and run `lcprune collapse ... --plan {path} --out FOLDER`")
         return
-    _deliver(model, history, cli, own.out)
+    _deliver(model, history, cli, own.out, known)
     print(budgets.outcome(history, cli, budget, own.out))
     print(f"student: {own.out}")
 
 
-def _plan(model: PreTrainedModel, cli: RecipeCLI, goal: budgets.Goal) -> MergeHistory:
+def _plan(model: PreTrainedModel, cli: RecipeCLI, goal: budgets.Goal, known: KnownActivity) -> MergeHistory:
     callback, batches = collapse_of(cli), cli.datamodule.calibration_batches()
     with bars.shown():
         history = collapse.plan(
@@ -81,17 +83,18 @@ def _plan(model: PreTrainedModel, cli: RecipeCLI, goal: budgets.Goal) -> MergeHi
             planner=callback.planner,
             operator=callback.operator,
             refit=callback.refit,
+            known=known,
         )
     goal.check_reached(callback.planner, history)
     return history
 
 
-def _deliver(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI, out: Path) -> None:
+def _deliver(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI, out: Path, known: KnownActivity) -> None:
     """Merges and exports."""
     needs_text = any(step.refit is not None or from_spec(step.operator).needs_activity for step in history.steps)
     batches = cli.datamodule.calibration_batches() if needs_text else ()
     with bars.shown():
-        collapse.execute(model, history, batches)
+        collapse.execute(model, history, batches, known=known)
     cast(model, stored_dtype(cli.model.teacher_config))
     export(
         model,

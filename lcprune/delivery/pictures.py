@@ -57,10 +57,16 @@ class Scores:
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON; what is no finite number becomes None."""
-        criteria = {
-            name: [value if isfinite(value) else None for value in values] for name, values in self.criteria.items()
-        }
-        return {**asdict(self), "layers": self.layers, "criteria": criteria}
+        return {name: _plain(value) for name, value in asdict(self).items()} | {"layers": self.layers}
+
+
+def _plain(value: object) -> object:
+    """The same with lists for tuples, and None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def missing() -> str | None:

@@ -11,6 +11,7 @@ batch, `T` tokens, `N` unmasked tokens, `K` KV heads, `I` inputs of the attentio
 the MLP.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lcprune.merging.architectures import LayerLayout, layout_of
+from lcprune.merging.lineage import MergeStep
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,26 @@ class Activity:
 
 Measure: TypeAlias = Callable[[Sequence[int]], Sequence[Activity]]
 """The activity of these layers of a model as it stands, in the order named."""
+
+
+class KnownActivity:
+    """What was measured of one model on one text, by the merges that went before."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[Activity, ...]] = {}
+
+    def note(self, before: Sequence[MergeStep], wanted: Sequence[int], activity: Sequence[Activity]) -> None:
+        """Keeps the activity of these layers of the model after the steps `before`."""
+        self._found[_key(before, wanted)] = tuple(activity)
+
+    def find(self, before: Sequence[MergeStep], wanted: Sequence[int]) -> tuple[Activity, ...] | None:
+        """The activity of these layers after the same merges, None if it was not measured."""
+        return self._found.get(_key(before, wanted))
+
+
+def _key(before: Sequence[MergeStep], wanted: Sequence[int]) -> str:
+    """What weights and numbers of layers follow from; not what a plan only says beside."""
+    return json.dumps([[(step.group, step.operator, step.shares, step.refit) for step in before], list(wanted)])
 
 
 class Recorder:

@@ -1,15 +1,13 @@
 """What a model does on a few batches of text: the statistics that plans are made from.
 
     collect(model, batches)       one pass, forward hooks -> LayerStats (cosines and angles of the residual stream)
-    PrefixCache(model, batches)   the stream before every layer, so that a candidate reruns only what it changes
-    Calibration                   both of these, and the original model's last state, for one planning session
+    Calibration                   the statistics and the original model's last state, for one planning session
 
 h_b is the residual stream at boundary b: h_0 the embeddings, h_b the output of layer b - 1. Layer outputs are read
 with hooks, because the last of Hugging Face's `hidden_states` is taken after the final norm. Legend: `B` batch,
 `T` tokens, `N` unmasked tokens of a batch, `D` hidden, `V` vocabulary, `L` layers.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
+from lcprune.merging.activity import KnownActivity
 from lcprune.merging.architectures import LayerLayout, layout_of
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.progress import track
@@ -34,7 +33,6 @@ Batch = Mapping[str, Tensor]
 Hook = Callable[[nn.Module, tuple[object, ...], Tensor | tuple[Tensor, ...]], None]
 """A forward hook of a decoder layer."""
 
-_ByKind = dict[tuple[object, ...], Mapping[str, object]]
 HEAD_CHUNK = 1024
 """Tokens whose logits exist at once when a loss is measured."""
 
@@ -226,111 +224,6 @@ class SpanSums:
         return LayerStats(cosine, angle, tokens)
 
 
-class PrefixCache:
-    """The residual stream before every layer of a model, batch by batch.
-
-    A candidate that changes the model from layer `l` on is measured by running only the layers from there
-    (`LaCo`'s and `SLEB`'s searches). Memory: batches x (highest + 1) / every states [B, T, D].
-    """
-
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], highest: int, every: int = 1) -> None:
-        """Runs the batches once.
-
-        Args:
-            model: A causal LM of a known family.
-            batches: Calibration batches.
-            highest: The last layer before which the stream is kept.
-            every: Kept before every so-manieth layer only; from there the layers up to the one asked for run again.
-        """
-        self._every = every
-        self._model, self._layout = model, layout_of(model.config)
-        self._batches = batches
-        self.last: list[Tensor] = []
-        """The recorded model's last states [B, T, D], after the final norm, batch by batch."""
-        self._states: list[list[Tensor]] = []
-        # Masks and rotary embeddings differ between kinds of layers; a layer's number, and even the kind of a module,
-        # may change when others are merged into it.
-        self._arguments: list[_ByKind] = []
-        self._record(highest)
-
-    def _record(self, highest: int) -> None:
-        layers = self._layout.layers_of(self._model)
-
-        def before(index: int) -> Callable[..., None]:
-            kind = self._layout.kind_of(self._model.config, index)
-
-            def keep(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-                named = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-                state = named.pop("hidden_states")
-                assert isinstance(state, Tensor)
-                self._arguments[-1][kind] = named
-                if index <= highest and index % self._every == 0:
-                    self._states[-1].append(state)
-
-            return keep
-
-        handles = [layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(layers)]
-        try:
-            with evaluating(self._model):
-                for batch in track(self._batches, "keeping the stream before every layer"):
-                    self._states.append([])
-                    self._arguments.append({})
-                    self.last.append(hidden_states(self._model, batch))
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def forget_from(self, index: int) -> None:
-        """Frees the stream before layer `index` and later; for searches that only move towards the input."""
-        for states in self._states:
-            del states[-(-index // self._every) :]
-
-    def refresh(self, start: int) -> None:
-        """Keeps the stream behind layer `start` anew, after a merge there; the streams before it still hold."""
-        kept = start // self._every + 1
-        for states, arguments in zip(self._states, self._arguments, strict=True):
-            del states[kept:]
-            for index in range(kept * self._every, len(self._layout.layers_of(self._model)), self._every):
-                states.append(self._through(states[-1], arguments, index - self._every, index))
-
-    def _through(self, state: Tensor, arguments: _ByKind, start: int, end: int) -> Tensor:
-        """What layers start .. end - 1 of the model as it is make of a state."""
-        layers = self._layout.layers_of(self._model)
-        with evaluating(self._model):
-            for index in range(start, end):
-                kind = self._layout.kind_of(self._model.config, index)
-                state = stream_of(layers[index](state, **arguments[kind]))
-        return state
-
-    def _before(self, states: Sequence[Tensor], arguments: _ByKind, index: int) -> Tensor:
-        """One batch's stream before layer `index`; the layers below it are as they were when it was kept."""
-        place = index // self._every
-        return self._through(states[place], arguments, place * self._every, index)
-
-    def before(self, index: int) -> Iterator[tuple[Tensor, Mapping[str, object]]]:
-        """The stream [B, T, D] before layer `index` and what else that layer is called with, batch by batch."""
-        kind = self._layout.kind_of(self._model.config, index)
-        for states, arguments in zip(self._states, self._arguments, strict=True):
-            yield self._before(states, arguments, index), arguments[kind]
-
-    def run(self, start: int, entry: int | None = None) -> Iterator[Tensor]:
-        """The last state [B, T, D] after the final norm, batch by batch, from layer `start` of the model as it is.
-
-        Args:
-            start: First layer that runs, numbered as the layers stand now.
-            entry: Which cached stream it gets: the one before layer `entry` of the model that was recorded
-                (default: `start`). `run(l + 1, entry=l)` is the model without layer l.
-        """
-        norm = self._model.get_submodule(self._layout.final_norm)
-        layers = self._layout.layers_of(self._model)
-        for states, arguments in zip(self._states, self._arguments, strict=True):
-            state = self._before(states, arguments, start if entry is None else entry)
-            state = self._through(state, arguments, start, len(layers))
-            with evaluating(self._model):
-                state = norm(state)
-            yield state
-
-
 @dataclass(frozen=True)
 class Calibration:
     """Everything a planner may look at: the model as it stands, the text, the original model, the history so far."""
@@ -343,6 +236,8 @@ class Calibration:
     """The model before its first merge, if `model` has been merged already."""
     history: MergeHistory | None = None
     """How `model` came from the original; None = not merged yet."""
+    known: KnownActivity = field(default_factory=KnownActivity, repr=False)
+    """Activity that planners measured on all of the text, which executing the plan need not measure again."""
     _stats: dict[tuple[int, ...], LayerStats] = field(default_factory=dict, repr=False)
     _scores: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
@@ -363,7 +258,12 @@ class Calibration:
     @property
     def lineage(self) -> tuple[tuple[int, ...], ...]:
         """Teacher layers of every layer the model has now."""
-        return self.history.lineage if self.history is not None else MergeHistory(self.depth).lineage
+        return self.past.lineage
+
+    @property
+    def past(self) -> MergeHistory:
+        """The history so far; an empty one of a model that was not merged yet."""
+        return self.history if self.history is not None else MergeHistory(self.depth)
 
     def layer_tensors(self, index: int) -> Mapping[str, Tensor]:
         """The parameters of one layer of the model as it is, by their names inside the layer; not to be changed."""
@@ -391,10 +291,6 @@ class Calibration:
         with evaluating(model):
             return tuple(hidden_states(model, batch) for batch in track(self.batches, "running the original model"))
 
-    def prefixes(self, highest: int, every: int = 1) -> PrefixCache:
-        """The stream before layers 0 .. `highest` of the model as it is, kept before every so-manieth."""
-        cache = PrefixCache(self.model, self.batches, highest, every)
-        if self.original is None:
-            # That pass was the original model's: it need not run again to be compared with.
-            vars(self).setdefault("reference", tuple(cache.last))
-        return cache
+    def know_reference(self, states: Sequence[Tensor]) -> None:
+        """Takes last states that a pass of the original has brought, so that `reference` needs none of its own."""
+        vars(self).setdefault("reference", tuple(states))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lcprune.errors import InputError
 from lcprune.merging import refit as refits
 from lcprune.merging import surgery
+from lcprune.merging.activity import KnownActivity, Measure
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.budget import Budget, PerplexityRatio, feasible_depths, one_of
 from lcprune.merging.budget import check_target_depth as check_target_depth
@@ -38,6 +39,7 @@ def plan(
     planner: Planner | None = None,
     operator: Operator | None = None,
     refit: Refit | None = None,
+    known: KnownActivity | None = None,
 ) -> MergeHistory:
     """Plans how to shorten a model; leaves it as it is.
 
@@ -51,6 +53,7 @@ def plan(
         planner: Which layers merge; default OneShotRanking by BlockInfluence.
         operator: What becomes of their weights; default Drop.
         refit: How the merged model is repaired; default not at all.
+        known: Takes what the planner measures of the model on the batches; hand it to `execute` with the same two.
 
     Returns:
         The history that executing the plan will leave behind.
@@ -66,7 +69,7 @@ def plan(
     )
     if budget is None:
         raise InputError("How short? Give target_depth, target_params, target_size or max_perplexity_ratio.")
-    calibration = Calibration(model, batches)
+    calibration = Calibration(model, batches, known=known if known is not None else KnownActivity())
     planner = planner if planner is not None else OneShotRanking()
     operator = operator if operator is not None else Drop()
     check(model, budget, planner, operator, refit)
@@ -97,13 +100,20 @@ def check(model: PreTrainedModel, budget: Budget, planner: Planner, operator: Op
         refit.check(layout)
 
 
-def execute(model: PreTrainedModel, history: MergeHistory, batches: Sequence[Batch] = ()) -> None:
+def execute(
+    model: PreTrainedModel,
+    history: MergeHistory,
+    batches: Sequence[Batch] = (),
+    *,
+    known: KnownActivity | None = None,
+) -> None:
     """Merges an unmerged model in place as a plan says; checks the whole plan before it touches anything.
 
     Args:
         model: A causal LM of a known family.
         history: The plan.
         batches: Calibration batches; refits and operators that look at what layers do on text (`Concat`) need them.
+        known: What `plan` measured of this model on these batches: it is not measured again.
 
     Raises:
         InputError: If the plan is for a model of another depth, or names an operator that does not exist, does not
@@ -126,7 +136,7 @@ def execute(model: PreTrainedModel, history: MergeHistory, batches: Sequence[Bat
     trail = Trail(model, batches) if batches else None
     done = repaired = MergeHistory(depth)
     for number, step in enumerate(track(history.steps, "merging layers")):
-        surgery.apply(model, step, trail.activity if trail is not None else None)
+        surgery.apply(model, step, _measure(done, trail, known))
         done = done.append(step)
         if trail is not None:
             trail.forget(step.base)
@@ -136,6 +146,14 @@ def execute(model: PreTrainedModel, history: MergeHistory, batches: Sequence[Bat
             text, trail = regrouped(batches), None
             refits.repair(Stream(model, text), kind(teacher, text), done, repaired)
             repaired, trail = done, Trail(model, batches)
+
+
+def _measure(done: MergeHistory, trail: Trail | None, known: KnownActivity | None) -> Measure | None:
+    """The activity of the model after these merges: known, or from a walk along the trail."""
+    if trail is None:
+        return None
+    found = known if known is not None else KnownActivity()
+    return lambda wanted: found.find(done.steps, wanted) or trail.activity(wanted)
 
 
 def collapse(
@@ -151,6 +169,7 @@ def collapse(
     refit: Refit | None = None,
 ) -> MergeHistory:
     """`plan`, then `execute`: shortens a model in place and returns what was done."""
+    known = KnownActivity()
     history = plan(
         model,
         batches,
@@ -161,8 +180,9 @@ def collapse(
         planner=planner,
         operator=operator,
         refit=refit,
+        known=known,
     )
-    execute(model, history, batches)
+    execute(model, history, batches, known=known)
     return history
 
 

@@ -21,6 +21,7 @@ from torch.nn.functional import cosine_similarity
 
 from lcprune.errors import InputError
 from lcprune.merging.calibration import Calibration, last_tokens, token_loss
+from lcprune.merging.prefix import prefixes_of
 from lcprune.merging.progress import track
 
 SAFEST = 5
@@ -106,7 +107,7 @@ def sweep(criteria: Sequence[TrialCriterion], calibration: Calibration) -> tuple
     Memory: the cached stream before every layer, and one candidate's last states.
     """
     depth = calibration.depth
-    prefixes = calibration.prefixes(depth - 1)
+    prefixes = prefixes_of(calibration, depth - 1)
     figures: dict[int, list[float]] = {}
     # The lower the layer, the more layers run: from both ends by turns, so that an estimate of the time left holds.
     from_both_ends = sorted(range(depth), key=lambda layer: min(layer, depth - 1 - layer))

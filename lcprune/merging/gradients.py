@@ -28,6 +28,7 @@ from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import HEAD_CHUNK, Batch, Calibration, evaluating, logits, stream_of
 from lcprune.merging.criteria import Criterion
+from lcprune.merging.prefix import prefixes_of
 from lcprune.merging.progress import track
 
 
@@ -61,7 +62,7 @@ class Taylor(Criterion):
         layers = calibration.layout.layers_of(model)
         scores = [0.0] * depth
         with _differentiable(model):
-            prefixes = calibration.prefixes(depth - 1)
+            prefixes = prefixes_of(calibration, depth - 1)
             tokens, gradients = 0, []
             for batch, (state_BTD, arguments) in zip(calibration.batches, prefixes.before(depth - 1), strict=True):
                 with torch.no_grad():

@@ -18,11 +18,12 @@ from math import inf, isnan
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Measure
-from lcprune.merging.calibration import Calibration, PrefixCache
+from lcprune.merging.calibration import Calibration
 from lcprune.merging.criteria import BlockInfluence, Criterion, TrialPerplexity
-from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import Drop, Operator
 from lcprune.merging.planners import StepwisePlanner, built_alike, new_step, proportional, uniform
+from lcprune.merging.prefix import PrefixCache, prefixes_of
 from lcprune.merging.progress import track
 from lcprune.merging.remeasure import measure_activity
 
@@ -46,8 +47,8 @@ class GreedyPlanner(StepwisePlanner):
         """The best merge of every stage; ends early where no two neighbours are built alike."""
         model = calibration.model
         original = calibration.original if calibration.original is not None else surgery.second_view(model)
-        history = calibration.history if calibration.history is not None else MergeHistory(calibration.depth)
-        prefixes = calibration.prefixes(calibration.depth - 1)
+        history = calibration.past
+        prefixes = prefixes_of(calibration, calibration.depth - 1)
         with ExitStack() as accepted:
             while calibration.depth > target:
                 now = replace(calibration, original=original, history=history, _stats={}, _scores={})
@@ -55,6 +56,8 @@ class GreedyPlanner(StepwisePlanner):
                 best = self._best(now, prefixes, operator, measure)
                 if best is None:
                     return
+                if measure is not None:
+                    calibration.known.note(history.steps, best.group, measure(best.group))
                 accepted.enter_context(surgery.trial(model, best, measure=measure))
                 prefixes.refresh(best.base)
                 history = history.append(best)

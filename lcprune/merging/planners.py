@@ -22,9 +22,10 @@ from torch.nn.functional import cosine_similarity
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Calibration
-from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity
+from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity, ranking
 from lcprune.merging.lineage import Lineage, MergeStep
 from lcprune.merging.operators import Operator, spec_of
+from lcprune.merging.prefix import prefixes_of
 from lcprune.merging.progress import track
 
 
@@ -162,8 +163,8 @@ class OneShotRanking(Planner):
                 "every layer a score, AngularDistance with span=1; for a span use ContiguousBlock."
             )
         free = range(self.spare_first, calibration.depth - self.spare_last)
-        ranking = sorted(free, key=lambda layer: (scores[layer], layer))
-        going = set(ranking[: max(0, calibration.depth - target)])
+        safest = [layer for layer in ranking(scores) if layer in free]
+        going = set(safest[: max(0, calibration.depth - target)])
         name = type(self.criterion).__name__
         steps = []
         for group in reversed(_groups(going, calibration.depth)):
@@ -192,7 +193,7 @@ class ContiguousBlock(Planner):
         if n < 1:
             return ()
         angles = calibration.stats(n).angle[n]
-        start = min(range(1, len(angles)), key=lambda layer: (angles[layer], layer))
+        start = next(layer for layer in ranking(angles) if layer > 0)
         group = list(range(start - 1, start + n))
         step = new_step(group, operator, uniform(group), {"AngularDistance": angles[start]})
         return with_weight_cosines(calibration, [step])
@@ -241,7 +242,7 @@ class ThresholdPlanner(Planner):
         base = min(self.highest if self.highest is not None else depth, depth) - self.layers_per_merge
         if base < self.lowest:
             return ()
-        prefixes = calibration.prefixes(base, every=3)  # a layer more per attempt on average, a third of the memory
+        prefixes = prefixes_of(calibration, base, every=3)  # a layer more per attempt on average, a third of the memory
         calibration.reference  # noqa: B018 - taken now: inside a trial it would be the trial's own
         criterion, steps = OutputSimilarity(), []
         with ExitStack() as accepted:

@@ -34,11 +34,12 @@ from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
 from lcprune.merging.calibration import Batch, Calibration, last_tokens, mask_of, unmasked
 from lcprune.merging.criteria import AngularDistance, TrialPerplexity
-from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
+from lcprune.merging.lineage import Lineage, MergeStep
 from lcprune.merging.operators import Operator
 from lcprune.merging.planners import StepwisePlanner, built_alike, new_step, uniform
 from lcprune.merging.progress import track
 from lcprune.merging.remeasure import Trail
+from lcprune.merging.streams import one_by_one
 
 Pair = tuple[int, int]
 """Two neighbours, l and l + 1."""
@@ -47,6 +48,8 @@ GRID, POWER = 20, 1.0
 """The published settings."""
 CLEARLY_WORSE = 8
 """Standard errors, as if tokens were independent; as they are not, about 4 true ones."""
+ENOUGH_TO_JUDGE = 32
+"""Tokens below which their spread says nothing: with `tokens="last"` a glance holds one of every sequence."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,13 @@ class ProgressivePlanner(StepwisePlanner):
 
     def steps(self, calibration: Calibration, operator: Operator, target: int) -> Generator[MergeStep, None, None]:
         """One pair after the other; ends early where no two neighbours are left that may merge."""
-        history = calibration.history if calibration.history is not None else MergeHistory(calibration.depth)
+        history = calibration.past
         view = _View(calibration, self, recorded=operator.needs_activity)
         with ExitStack() as accepted:
             while calibration.depth > target and (pairs := self._allowed(built_alike(calibration), history.lineage)):
                 step = self._shared(calibration, view, view.least(pairs, calibration.depth), operator)
+                if operator.needs_activity:
+                    calibration.known.note(history.steps, step.group, view.activity(step.group))
                 accepted.enter_context(surgery.trial(calibration.model, step, measure=view.activity))
                 view.forget(step.base)
                 history = history.append(step)
@@ -251,7 +256,8 @@ class _Part:
     def may_beat(self, pair: Pair, best: Pair) -> bool:
         """Whether this part of the text leaves open that a pair's score is less than the best."""
         difference_N = self.angles[pair[0]] - self.angles[best[0]]
-        error = difference_N.std().item() / sqrt(len(difference_N)) if len(difference_N) > 1 else inf
+        many = len(difference_N) >= ENOUGH_TO_JUDGE
+        error = difference_N.std().item() / sqrt(len(difference_N)) if many else inf
         return isfinite(_mean(self.angles[pair[0]])) and not difference_N.mean().item() > CLEARLY_WORSE * error
 
     def forget(self, base: int) -> None:
@@ -262,11 +268,7 @@ class _Part:
 
 def _glance_and_rest(batches: Sequence[Batch], tokens: int | None) -> list[list[Batch]]:
     """Sequences of about so many tokens, spread over the text, and the others; all in one where there are no more."""
-    single = [
-        {name: tensor[row : row + 1] for name, tensor in batch.items()}
-        for batch in batches
-        for row in range(len(batch["input_ids"]))
-    ]
+    single = one_by_one(batches)
     total = sum(one["input_ids"].numel() for one in single)
     if tokens is None or total <= tokens:
         return [list(batches)]

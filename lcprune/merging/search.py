@@ -38,7 +38,7 @@ from lcprune.merging.planners import Planner, new_step, uniform, with_weight_cos
 from lcprune.merging.progress import track
 from lcprune.merging.refit import RidgeRefit
 from lcprune.merging.regression import held_out_sequences
-from lcprune.merging.streams import Stream, regrouped
+from lcprune.merging.streams import Stream, one_by_one, regrouped
 
 Look = tuple[int, int]
 """Teacher layer behind which the first member of a pair ends, and which operator."""
@@ -90,7 +90,7 @@ class RefitSearch(Planner):
         operators = [operator, *(other for other in self.also if other != operator)]
         for each in operators:
             each.check(calibration.layout)
-        history = calibration.history if calibration.history is not None else MergeHistory(calibration.depth)
+        history = calibration.past
         bench = _Bench(calibration, operators, fitting, held_out, self.strength)
         damage: dict[Look, float] = {}
         steps: list[MergeStep] = []
@@ -127,11 +127,7 @@ class RefitSearch(Planner):
 
     def _split(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         """Sequences to fit on, and two halves to judge by, both spread over the calibration text."""
-        single = [
-            {name: tensor[row : row + 1] for name, tensor in batch.items()}
-            for batch in batches
-            for row in range(len(batch["input_ids"]))
-        ]
+        single = one_by_one(batches)
         if len(single) < 2:
             raise InputError(
                 "RefitSearch has one calibration sequence and needs some to fit and others to judge by: raise "

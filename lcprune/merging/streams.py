@@ -90,6 +90,15 @@ class FadingStream(Stream):
             parameter.data = parameter.data.new_empty(0)
 
 
+def one_by_one(batches: Sequence[Batch]) -> list[Batch]:
+    """The same sequences, one to a batch."""
+    return [
+        {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        for batch in batches
+        for row in range(len(batch["input_ids"]))
+    ]
+
+
 def regrouped(batches: Sequence[Batch], tokens: int = TOKENS_AT_ONCE) -> list[Batch]:
     """The same sequences in batches of about so many tokens; sequences of different lengths stay apart."""
     runs: list[list[Batch]] = []

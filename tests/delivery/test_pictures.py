@@ -73,6 +73,14 @@ def test_scores_as_plain_data_are_strict_json():
     assert len(content["cosines"]) == 7
 
 
+def test_cosines_and_distances_that_are_no_numbers_are_none_in_json():
+    pairs = ((1.0, nan), (inf, 2.0))
+    found = scores(3, cosines=((1.0, nan), (-inf, 1.0)), weights=WeightDistances(("a", "b"), pairs, pairs))
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert content["cosines"] == [[1.0, None], [None, 1.0]]
+    assert [1.0, None] in content["weights"].values() or [[1.0, None], [None, 2.0]] in content["weights"].values()
+
+
 def test_missing_matplotlib_is_a_sentence_that_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     assert pictures.missing() is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

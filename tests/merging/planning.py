@@ -33,6 +33,21 @@ def plain() -> list[Batch]:
     return [{"input_ids": ids} for ids in token_batches()]
 
 
+def masked() -> list[Batch]:
+    """Padding of another length in every row, on the right."""
+    batches: list[Batch] = []
+    for ids, lengths in zip(token_batches(), ((16, 9), (3, 12), (1, 16)), strict=True):
+        mask = (torch.arange(16) < torch.tensor(lengths)[:, None]).long()
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def last_states(model: PreTrainedModel, batches: list[Batch]) -> list[Tensor]:
+    """The state after the final norm, from transformers."""
+    with torch.no_grad():
+        return [model(**batch, output_hidden_states=True, use_cache=False).hidden_states[-1] for batch in batches]
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from math import pi
-from typing import Any
 
 import pytest
 import torch
@@ -13,13 +12,11 @@ from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging import calibration as room
-from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import (
     Batch,
     Calibration,
     LayerStats,
-    PrefixCache,
     collect,
     evaluating,
     hidden_states,
@@ -27,27 +24,12 @@ from lcprune.merging.calibration import (
     token_loss,
 )
 from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.prefix import PrefixCache, prefixes_of
 from tests.builders import FAMILIES, Family, tiny_llama, token_batches
+from tests.merging.planning import last_states, layers_of, masked, plain
 
 DROP_FIRST = {"class_path": "Drop", "init_args": {"keep": "first"}}
 SPANS = (1, 2, 3)
-
-
-def layers_of(model: PreTrainedModel) -> Any:
-    return layout_of(model.config).layers_of(model)
-
-
-def plain() -> list[Batch]:
-    return [{"input_ids": ids} for ids in token_batches()]
-
-
-def masked() -> list[Batch]:
-    """Padding of another length in every row, on the right."""
-    batches: list[Batch] = []
-    for ids, lengths in zip(token_batches(), ((16, 9), (3, 12), (1, 16)), strict=True):
-        mask = (torch.arange(16) < torch.tensor(lengths)[:, None]).long()
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
 
 
 def streams_of(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
@@ -59,12 +41,6 @@ def streams_of(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
         states = model(**batch, output_hidden_states=True, use_cache=False).hidden_states
     handle.remove()
     return [*states[:-1], before_norm[0]]
-
-
-def last_states(model: PreTrainedModel, batches: list[Batch]) -> list[Tensor]:
-    """The state after the final norm, from transformers."""
-    with torch.no_grad():
-        return [model(**batch, output_hidden_states=True, use_cache=False).hidden_states[-1] for batch in batches]
 
 
 def brute_force(model: PreTrainedModel, batches: list[Batch]) -> LayerStats:
@@ -179,64 +155,6 @@ def test_token_loss_of_labels_that_score_nothing_is_zero_over_zero_tokens():
     assert token_loss(model, torch.zeros(2, 16, 32), batch) == (0.0, 0)
 
 
-@pytest.mark.parametrize("batches", [plain(), masked()], ids=["plain", "masked"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prefix_run_is_the_full_forward_pass_from_every_start(family: Family, batches: list[Batch]):
-    model = tiny_llama(model_type=family)
-    cache, expected = PrefixCache(model, batches, highest=5), last_states(model, batches)
-    for start in range(6):
-        torch.testing.assert_close(list(cache.run(start)), expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prefix_run_past_a_layer_is_the_model_without_it(family: Family):
-    model, batches = tiny_llama(model_type=family), masked()
-    cache = PrefixCache(model, batches, highest=5)
-    for gone in range(1, 6):
-        with surgery.trial(model, MergeStep((gone - 1, gone), DROP_FIRST, (1.0, 0.0))):
-            expected = last_states(model, batches)
-        torch.testing.assert_close(list(cache.run(gone + 1, entry=gone)), expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prefix_run_inside_a_trial_is_the_tried_models_forward_pass(family: Family):
-    model = tiny_llama(model_type=family)
-    cache = PrefixCache(model, masked(), highest=2)
-    # A merge further up moves the numbers of the layers behind it, not their masks.
-    with surgery.trial(model, MergeStep((2, 3, 4), {"class_path": "Rdsc"}, (0.2, 0.3, 0.5))):
-        torch.testing.assert_close(list(cache.run(2)), last_states(model, masked()), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("every", [2, 3, 4])
-def test_prefix_kept_before_every_so_manieth_layer_gives_the_same_from_every_start(every: int):
-    model, batches = tiny_llama(), masked()
-    cache, expected = PrefixCache(model, batches, 5, every), last_states(model, batches)
-    for start in (5, 4, 3, 2, 1, 0):
-        torch.testing.assert_close(list(cache.run(start)), expected, rtol=0, atol=0)
-        cache.forget_from(start + 1)
-        torch.testing.assert_close(list(cache.run(start)), expected, rtol=0, atol=0)
-    cache = PrefixCache(model, batches, 5, every)
-    with surgery.trial(model, MergeStep((2, 3), DROP_FIRST, (1.0, 0.0))):
-        cache.refresh(2)
-        for start in range(5):
-            torch.testing.assert_close(list(cache.run(start)), last_states(model, batches), rtol=0, atol=0)
-
-
-def test_prefix_cache_keeps_no_state_above_the_highest():
-    cache = PrefixCache(tiny_llama(), plain(), highest=2)
-    with pytest.raises(IndexError):
-        next(cache.run(3))
-
-
-def test_forgotten_states_are_gone_and_the_others_stay():
-    model = tiny_llama()
-    cache = PrefixCache(model, plain(), highest=5)
-    cache.forget_from(3)
-    with pytest.raises(IndexError):
-        next(cache.run(3))
-    torch.testing.assert_close(list(cache.run(2)), last_states(model, plain()), rtol=0, atol=0)
-
-
 def half_training(model: PreTrainedModel) -> dict[str, bool]:
     """Modes that a plain model.train() or model.eval() would not bring back."""
     model.train()
@@ -266,7 +184,7 @@ def test_measuring_restores_modes_and_gradients_and_leaves_no_hooks():
     modes, hooks = half_training(model), hooks_of(model)
     calibration = Calibration(model, plain())
     calibration.stats(1, 2)
-    states = calibration.prefixes(3).run(2)
+    states = prefixes_of(calibration, 3).run(2)
     next(states)  # not exhausted: what a caller that stops early leaves behind
     assert calibration.reference[0].grad_fn is None
     assert {name: module.training for name, module in model.named_modules()} == modes

@@ -1,6 +1,7 @@
 """Plan, edit, execute: a shorter model without any training."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
+from lcprune.merging.activity import Activity, KnownActivity
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.collapse import check_target_depth, collapse, execute, plan
+from lcprune.merging.concat import Concat
+from lcprune.merging.greedy import GreedyPlanner
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Rdsc, spec_of
-from lcprune.merging.planners import ContiguousBlock, FixedPlan, OneShotRanking
+from lcprune.merging.planners import ContiguousBlock, FixedPlan, OneShotRanking, Planner
+from lcprune.merging.progressive import ProgressivePlanner
+from lcprune.merging.remeasure import Trail
 from tests.builders import FAMILIES, Family, save_tiny, tiny_llama, token_batches
 
 
@@ -51,6 +57,29 @@ def test_collapse_is_plan_and_then_execute():
     execute(planned, history)
     assert collapse(collapsed, batches(), target_depth=4, operator=Rdsc()) == history
     assert_same(weights_of(collapsed), weights_of(planned))
+
+
+@pytest.mark.parametrize("planner", [ProgressivePlanner(), GreedyPlanner()], ids=str)
+def test_collapse_does_not_measure_again_what_the_planner_measured(planner: Planner, monkeypatch: pytest.MonkeyPatch):
+    planned, collapsed = tiny_llama(), tiny_llama()
+    history = plan(planned, batches(), target_depth=3, planner=planner, operator=Concat())
+    execute(planned, history, batches())
+    known = KnownActivity()
+    assert plan(collapsed, batches(), target_depth=3, planner=planner, operator=Concat(), known=known) == history
+    monkeypatch.delattr(Trail, "activity")
+    execute(collapsed, history, batches(), known=known)
+    torch.testing.assert_close(collapsed.state_dict(), planned.state_dict())
+
+
+def test_activity_is_known_of_the_same_merges_only():
+    known, merge = KnownActivity(), MergeStep((1, 2), spec_of(Concat()), (0.5, 0.5))
+    activity = (Activity(torch.ones(2, 8), torch.ones(16)),)
+    known.note([merge], [3], activity)
+    assert known.find([replace(merge, scores={"AngularDistance": 0.1}, global_step=7)], [3]) == activity
+    for other in (replace(merge, shares=(0.4, 0.6)), replace(merge, refit={"class_path": "RidgeRefit"})):
+        assert known.find([other], [3]) is None
+    assert known.find([merge], [2]) is None
+    assert known.find([], [3]) is None
 
 
 def test_default_is_shortgpt():

@@ -23,10 +23,11 @@ from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Batch, PrefixCache, collect, hidden_states, logits, token_loss
+from lcprune.merging.calibration import Batch, collect, hidden_states, logits, token_loss
 from lcprune.merging.concat import Concat
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
+from lcprune.merging.prefix import PrefixCache
 from lcprune.merging.remeasure import measure_activity
 from tests.builders import ALL_FAMILIES, Family, tiny_config, tiny_llama, tiny_tokenizer, token_batches
 

@@ -2,6 +2,7 @@
 
 import copy
 from itertools import pairwise
+from math import nan
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from lcprune.errors import InputError
 from lcprune.merging import surgery
-from lcprune.merging.calibration import Calibration
+from lcprune.merging.calibration import Calibration, LayerStats
 from lcprune.merging.criteria import AngularDistance, BlockInfluence, OutputSimilarity, TrialPerplexity
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
@@ -65,6 +66,19 @@ def test_one_shot_ranking_keeps_the_layer_after_the_first_when_the_first_goes(sc
     second = weights_of(layers_of(model)[1])
     surgery.apply_all(model, OneShotRanking(Given(scores)).plan(Calibration(model, plain()), Drop(), 5))
     assert_same(layers_of(model)[0], second)
+
+
+def test_one_shot_ranking_removes_a_layer_without_a_score_last():
+    scores = (nan, 1.0, nan, 3.0, 2.0, 4.0)
+    steps = OneShotRanking(Given(scores)).plan(Calibration(tiny_llama(), plain()), Drop(), 2)
+    assert MergeHistory(6, steps).lineage == ((0, 1), (2, 3, 4, 5))
+
+
+def test_contiguous_block_without_a_score_is_not_chosen():
+    calibration = Calibration(tiny_llama(), plain())
+    calibration._stats[2,] = LayerStats({2: (0.0,) * 5}, {2: (0.1, nan, 0.3, 0.2, nan)}, 1)
+    (step,) = ContiguousBlock().plan(calibration, Drop(keep="first"), 4)
+    assert step.group == (2, 3, 4)
 
 
 def test_one_shot_ranking_removes_a_layer_into_the_one_before_it():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
-from lcprune.merging import surgery
+from lcprune.merging import progressive, surgery
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.collapse import plan
 from lcprune.merging.concat import Concat
@@ -199,6 +199,19 @@ def test_share_after_a_glance_is_searched_on_all_tokens():
     for one, other in zip(steps, whole, strict=True):
         assert one.shares == other.shares
         assert one.scores["TrialPerplexity"] == pytest.approx(other.scores["TrialPerplexity"], rel=1e-4)
+
+
+def test_glance_of_few_tokens_decides_nothing():
+    # Ten sequences of a glance, one token of each: by chance they agree, and are wrong.
+    glance, rest = (torch.full((tokens, 9), 0.5, dtype=torch.float64) for tokens in (10, 38))
+    parts = [progressive._Part.__new__(progressive._Part) for _ in range(2)]
+    for part, angles_NL in zip(parts, (glance, rest), strict=True):
+        part.angles = list(angles_NL.unbind(1))
+    assert parts[0].may_beat((3, 4), (0, 1))
+    parts[0].angles[3] = parts[0].angles[3] + 0.4
+    parts[1].angles[3] = parts[1].angles[3] + 0.4
+    assert parts[0].may_beat((3, 4), (0, 1))
+    assert not parts[1].may_beat((3, 4), (0, 1))
 
 
 def test_tokens_after_a_glance_run_only_as_far_as_the_pair_that_is_clearly_the_least(monkeypatch: pytest.MonkeyPatch):
