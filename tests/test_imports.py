@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS = {
     # A file may import the files before it in its own room. The planners' searches need surgery.trial.
-    "merging": "progress lineage families architectures activity calibration streams remeasure regression observation "
-    "prefix operators concat surgery criteria gradients planners progressive greedy refit search budget within collapse "
-    "shards streaming heatmaps",
+    "merging": "progress lineage families architectures activity calibration streams remeasure regression "
+    "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
+    "search budget within collapse shards streaming heatmaps",
     "distillation": "schedules accumulation strategies randomness divergences buckets head fused losses metrics levels "
     "trained passes quantized teacher adapters pair phases objectives cache fill "
     "recall optim checkpoint module throughput callbacks",
