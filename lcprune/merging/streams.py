@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, evaluating, hidden_states, stream_of
 
-TOKENS_AT_ONCE = 4096
-"""Tokens that run through a layer together; fewer leave the processor waiting for the weights."""
+TOKENS_AT_ONCE = 1024
+"""Tokens that run through a layer together; fewer leave the processor waiting for the weights, more outgrow its caches
+and leave holes in the memory of a process."""
 
 Arguments = tuple[tuple[object, ...], Mapping[str, object]]
 """What a layer is called with beside the state, by position and by name: masks, positions, rotary embeddings."""

@@ -19,7 +19,7 @@ The last line is one JSON object.
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -142,7 +142,9 @@ def alone(name: str, given: argparse.Namespace) -> None:
 
 def peak_rss() -> int:
     """The largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's: that one begins with what the parent had when it started this process.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 
 def in_process_of_its_own(name: str, windows: Path, given: argparse.Namespace) -> Figures:
