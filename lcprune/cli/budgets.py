@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lcprune.cli import options
 from lcprune.cli.options import Option
 from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.delivery.export import folder_size
@@ -109,9 +110,7 @@ def goal(budget: Budget | None, cli: RecipeCLI) -> Goal:
     Raises:
         InputError: The model cannot become so short, or planner, operator or refit do not fit it.
     """
-    callback, depth = collapse_of(cli), cli.model.history.teacher_depth
-    if depth < 2:
-        raise InputError(f"model.teacher={cli.model.teacher_name!r} has {depth} layer: to merge takes 2 or more.")
+    callback, depth = collapse_of(cli), options.depth_of_teacher(cli)
     if budget is None:
         budget = Depth(_end_of_schedule(callback, depth))
     model = _as_stored(cli.model.teacher_config)

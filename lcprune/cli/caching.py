@@ -128,7 +128,7 @@ def _states(own: argparse.Namespace, cli: RecipeCLI) -> tuple[int, ...]:
     if not states_of_run(levels, None, depth):
         raise InputError("--states: the recipe has neither Boundary nor Local, which need them: leave --states out.")
     callback = collapse_of(cli)
-    lineages = callback.foresee(cli.model.history)
+    lineages = callback.foresee(cli.model)
     if lineages is None:
         raise InputError(
             f"--states: which layers {type(callback.planner).__name__} will merge is not known before it has planned: "

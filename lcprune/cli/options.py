@@ -73,6 +73,19 @@ def check_loading(own: argparse.Namespace) -> None:
         )
 
 
+def depth_of_teacher(cli: RecipeCLI) -> int:
+    """Layers of the model that a command without training is about; raises InputError if there is nothing to merge."""
+    if cli.model.student_folder is not None:
+        raise InputError(
+            f"model.student={str(cli.model.student_folder)!r} is where training begins; this command looks at "
+            "model.teacher alone: leave model.student out, or name the folder as model.teacher."
+        )
+    depth = cli.model.history.teacher_depth
+    if depth < 2:
+        raise InputError(f"model.teacher={cli.model.teacher_name!r} has {depth} layer: to merge takes 2 or more.")
+    return depth
+
+
 def load_model(own: argparse.Namespace, cli: RecipeCLI) -> PreTrainedModel:
     """The recipe's teacher with the dtype and on the device that were asked for, else those of the recipe."""
     dtype: DtypeName = own.dtype or cli.model.weights_dtype

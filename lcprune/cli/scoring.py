@@ -48,9 +48,7 @@ def run(command: str, arguments: list[str]) -> None:
     options.check_loading(own)
     table, picture = _targets(own.out)
     cli = RecipeCLI(recipe_arguments, run=False)
-    depth = cli.model.history.teacher_depth
-    if depth < 2:
-        raise InputError(f"model.teacher={cli.model.teacher_name!r} has {depth} layer: to merge takes 2 or more.")
+    options.depth_of_teacher(cli)
     missing = None if picture is None else pictures.missing()
     if missing:
         print(f"{picture} will not be drawn: {missing}")

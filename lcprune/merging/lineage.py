@@ -130,6 +130,19 @@ class MergeHistory:
         """This history with several more steps."""
         return replace(self, steps=(*self.steps, *steps))
 
+    def after(self, done: "MergeHistory") -> "MergeHistory | None":
+        """What this history goes on with after another one; None if it did not begin with the same merges.
+
+        Example:
+            >>> whole.after(whole).steps
+            ()
+        """
+        number = len(done.steps)
+        begun = replace(self, steps=self.steps[:number])
+        if begun.teacher_depth != done.teacher_depth or begun.lineage != done.lineage:
+            return None
+        return replace(self, teacher_depth=done.depth, steps=self.steps[number:])
+
     def to_dict(self) -> dict[str, object]:
         """Plain lists, dicts, strings and numbers."""
         return {"format": FORMAT, **asdict(self)}

@@ -1,0 +1,74 @@
+"""A student that does not begin as the teacher but where an earlier run or `lcprune collapse` has left it.
+
+history.json in its folder      the lineage: which teacher layers every layer came from
+config, safetensors             the weights; those equal to the teacher's stay one copy with them
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lcprune import demo
+from lcprune.distillation.teacher import DtypeName, load
+from lcprune.errors import InputError
+from lcprune.merging import surgery
+from lcprune.merging.architectures import layout_of
+from lcprune.merging.lineage import MergeHistory
+
+HISTORY = "history.json"
+
+
+def history_of(folder: Path, teacher: str) -> MergeHistory:
+    """How the student in a folder came from the teacher; nothing in it counts as done in this run.
+
+    Args:
+        folder: As `lcprune collapse`, `fit` or `export` wrote it.
+        teacher: The teacher's name.
+
+    Raises:
+        InputError: If the folder is none of those, its account does not fit its own config, or its teacher is another.
+    """
+    if not (folder / HISTORY).is_file():
+        raise InputError(
+            f"model.student={str(folder)!r} holds no {HISTORY}: name a folder that lcprune collapse, fit or export "
+            "wrote, or leave model.student out to begin from the teacher."
+        )
+    history = MergeHistory.load(folder / HISTORY)
+    if history.teacher not in ("", demo.public_name(teacher)):
+        raise InputError(
+            f"model.student={str(folder)!r} descends from {history.teacher!r}, model.teacher is {teacher!r}: name that "
+            "teacher."
+        )
+    config = demo.read_config(str(folder))
+    depths = layout_of(config).depth_of(config), history.depth
+    if depths[0] != depths[1]:
+        raise InputError(f"model.student={str(folder)!r} has {depths[0]} layers, its {HISTORY} says {depths[1]}.")
+    steps = tuple(replace(step, global_step=None) for step in history.steps)
+    return replace(history, steps=steps, teacher=teacher)
+
+
+def take_over(student: PreTrainedModel, folder: Path, history: MergeHistory, dtype: DtypeName) -> bool:
+    """Gives a view of the teacher the structure and the weights of the student in a folder, in place.
+
+    Args:
+        student: Nothing has happened to it; its tensors may be the teacher's, and are not written to.
+        folder: The student's.
+        history: The student's.
+        dtype: Type of the student's weights.
+
+    Returns:
+        Whether everything before the first merged layer is as it was.
+    """
+    surgery.replay(student, history)
+    stored = dict(load(str(folder), dtype, student.device).named_parameters())
+    first = next((place for place, ancestors in enumerate(history.lineage) if len(ancestors) > 1), history.depth)
+    layers = layout_of(student.config).layers_of(student)
+    behind = {id(parameter) for layer in layers[first:] for parameter in layer.parameters()}
+    untouched = True
+    for name, parameter in student.named_parameters():
+        if not torch.equal(parameter, stored[name]):
+            parameter.data = stored[name].data
+            untouched &= id(parameter) in behind
+    return untouched

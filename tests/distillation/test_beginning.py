@@ -1,0 +1,134 @@
+"""A run that begins where `lcprune collapse` or an earlier run has left a student."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcprune import AtSteps, DistillationModule, Lora, ProgressiveCollapse
+from lcprune.delivery.export import export
+from lcprune.distillation.checkpoint import load_student
+from lcprune.errors import InputError
+from lcprune.merging import surgery
+from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.operators import Drop, Rdsc
+from lcprune.merging.planners import FixedPlan
+from tests import builders
+from tests.distillation import runs
+
+MERGED = MergeStep((2, 3), {"class_path": "Rdsc"}, (0.5, 0.5), global_step=5)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """Five layers in a folder: those of the teacher but for the merged third."""
+    student = builders.tiny_llama()
+    history = MergeHistory(6, (MERGED,), str(tiny_folder))
+    surgery.apply(student, MERGED)
+    out = tmp_path_factory.mktemp("short") / "student"
+    return export(student, out, tokenizer=builders.tiny_tokenizer(), history=history)
+
+
+def begun(teacher: Path, short: Path, **settings: object) -> DistillationModule:
+    module = runs.student_of(teacher, student=short, **settings)
+    module.configure_model()
+    return module
+
+
+def test_student_begins_with_the_folders_weights_and_lineage(tiny_folder: Path, short: Path, batch: dict[str, Tensor]):
+    module = begun(tiny_folder, short)
+    assert module.history.lineage == ((0,), (1,), (2, 3), (4,), (5,))
+    assert module.history.steps[0].global_step is None
+    expected = builders.tiny_llama()
+    surgery.apply(expected, MERGED)
+    with torch.no_grad():
+        assert module.student.eval()(batch["input_ids"]).logits.equal(expected(batch["input_ids"]).logits)
+        assert module.teacher is not None
+        teachers = module.teacher.model(batch["input_ids"]).logits
+    assert teachers.equal(builders.tiny_llama()(batch["input_ids"]).logits)
+
+
+def test_what_is_not_trained_and_equal_stays_one_copy_with_the_teachers(tiny_folder: Path, short: Path):
+    module = begun(tiny_folder, short, train="merged")
+    assert module.teacher is not None
+    theirs = {parameter.data_ptr() for parameter in module.teacher.model.parameters()}
+    own = {name for name, parameter in module.student.named_parameters() if parameter.data_ptr() not in theirs}
+    assert own == {f"model.layers.2.{name}" for name, _ in module.student.model.layers[2].named_parameters()}
+    assert module._prefix_is_original
+
+
+def test_student_that_differs_before_the_first_merge_shares_no_prefix(tiny_folder: Path, tmp_path: Path):
+    student = builders.tiny_llama()
+    surgery.apply(student, MERGED)
+    with torch.no_grad():
+        student.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    history = MergeHistory(6, (MERGED,), str(tiny_folder))
+    folder = export(student, tmp_path / "student", tokenizer=builders.tiny_tokenizer(), history=history)
+    assert not begun(tiny_folder, folder, train="merged")._prefix_is_original
+
+
+def test_schedule_counts_from_the_folders_depth_and_a_run_resumes(
+    tiny_folder: Path, short: Path, text: Path, tmp_path: Path
+):
+    collapse = ProgressiveCollapse(AtSteps({2: 4}), planner=FixedPlan([[4, 5]]), operator=Drop("last"))
+    whole = runs.student_of(tiny_folder, student=short, lr_scheduler=None)
+    trainer = runs.trainer_for(tmp_path, collapse, max_steps=6)
+    trainer.fit(whole, datamodule=runs.data_for(tiny_folder, text))
+    assert whole.history.lineage == ((0,), (1,), (2, 3), (4, 5))
+
+    first = runs.trainer_for(tmp_path, collapse, runs.checkpoints_in(tmp_path), max_steps=4)
+    first.fit(
+        runs.student_of(tiny_folder, student=short, lr_scheduler=None), datamodule=runs.data_for(tiny_folder, text)
+    )
+    again = runs.student_of(tiny_folder, student=short, lr_scheduler=None)
+    second = runs.trainer_for(tmp_path, collapse, max_steps=6)
+    second.fit(again, datamodule=runs.data_for(tiny_folder, text), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert again.history.lineage == whole.history.lineage
+    torch.testing.assert_close(dict(again.student.state_dict()), dict(whole.student.state_dict()))
+    assert load_student(tmp_path / "last.ckpt")[1].history.depth == 4
+
+
+def test_checkpoint_of_a_run_that_began_elsewhere_is_refused(
+    tiny_folder: Path, short: Path, text: Path, tmp_path: Path
+):
+    trainer = runs.trainer_for(tmp_path, runs.two_merges(), runs.checkpoints_in(tmp_path), max_steps=4)
+    trainer.fit(runs.student_of(tiny_folder), datamodule=runs.data_for(tiny_folder, text))
+    other = runs.trainer_for(tmp_path, max_steps=6)
+    with pytest.raises(InputError, match=r"merged otherwise than the checkpoint's.*model\.student"):
+        other.fit(
+            runs.student_of(tiny_folder, student=short),
+            datamodule=runs.data_for(tiny_folder, text),
+            ckpt_path=str(tmp_path / "last.ckpt"),
+        )
+
+
+def test_schedule_that_does_not_go_below_the_folders_depth_is_refused(tiny_folder: Path, short: Path, text: Path):
+    trainer = runs.trainer_for(short.parent / "run", ProgressiveCollapse(AtSteps({2: 5}), operator=Rdsc()))
+    with pytest.raises(InputError, match="the target depth 5 must lie between 1 and 4"):
+        trainer.fit(runs.student_of(tiny_folder, student=short), datamodule=runs.data_for(tiny_folder, text))
+
+
+def test_adapters_on_a_folders_student(tiny_folder: Path, short: Path):
+    module = begun(tiny_folder, short, train="lora", lora=Lora(rank=2))
+    trained = [name for name, parameter in module.student.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(".lora_" in name for name in trained)
+
+
+def test_packed_base_is_refused(tiny_folder: Path, short: Path):
+    with pytest.raises(InputError, match=r"lora\.base=nf4 .* set lora\.base: full"):
+        runs.student_of(tiny_folder, student=short, train="lora", lora=Lora(base="nf4"))
+
+
+def test_folder_of_another_kind_is_one_sentence(tiny_folder: Path, short: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"model\.student=.* holds no history\.json"):
+        _ = runs.student_of(tiny_folder, student=tiny_folder).history
+    with pytest.raises(InputError, match=r"descends from .*, model\.teacher is 'demo:smollm2'"):
+        _ = DistillationModule(student=short).history
+    folder = builders.save_tiny(tmp_path / "seven", builders.tiny_llama(n_layers=4))
+    history = replace(MergeHistory.load(short / "history.json"), teacher="")
+    (folder / "history.json").write_text(history.to_json(), encoding="utf-8")
+    with pytest.raises(InputError, match=r"has 4 layers, its history\.json says 5"):
+        _ = runs.student_of(tiny_folder, student=folder).history
