@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcprune.errors import InputError
+from lcprune.files import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -126,12 +127,6 @@ def _gguf_file() -> Path:
     return files[0]
 
 
-def _cache_folder() -> Path:
-    if own := os.environ.get("LCPRUNE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcprune"
-
-
 @cache
 def _sha256(gguf: Path) -> str:
     return hashlib.sha256(gguf.read_bytes()).hexdigest()
@@ -142,7 +137,7 @@ def _unpacked(gguf: Path) -> Path:
     from filelock import FileLock
     from safetensors import SafetensorError
 
-    folder = _cache_folder() / f"smollm2-{_sha256(gguf)[:16]}"
+    folder = cache_folder() / f"smollm2-{_sha256(gguf)[:16]}"
     if folder.is_dir():
         return folder
     partial = folder.with_suffix(".partial")

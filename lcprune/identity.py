@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from lcprune import demo
+from lcprune.files import cache_folder, write_text
 
 LARGE = 1 << 26
 """Bytes; hashes of larger files are remembered."""
@@ -34,13 +34,13 @@ def hash_of(file: Path) -> str:
     """The SHA-256 of a file; a large one's is remembered as long as its size and time stay."""
     stat = file.stat()
     key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    memory = demo._cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
+    memory = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
     if memory.is_file():
         return memory.read_text(encoding="utf-8")
     digest = sha256_of(file)
     if stat.st_size >= LARGE:
         with suppress(OSError):  # next time it is only computed again
-            _remember(digest, memory)
+            write_text(memory, digest)
     return digest
 
 
@@ -59,10 +59,3 @@ def _content_of(model: str, decides: Callable[[Path], bool]) -> str:
         return f"{model}@{demo.read_config(model)._commit_hash}"
     lines = [f"{file.name} {hash_of(file)}" for file in sorted(folder.iterdir()) if decides(file)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _remember(digest: str, memory: Path) -> None:
-    beside = memory.with_suffix(f".{os.getpid()}")
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(digest, encoding="utf-8")
-    beside.rename(memory)

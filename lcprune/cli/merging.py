@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 
 from lcprune import demo
 from lcprune.cli import bars, budgets, options, streaming, tables
-from lcprune.cli.files import write_text
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.delivery.export import check_target, export
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
+from lcprune.files import write_text
 from lcprune.merging import collapse
 from lcprune.merging.activity import KnownActivity
 from lcprune.merging.lineage import MergeHistory

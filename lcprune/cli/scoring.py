@@ -7,11 +7,11 @@ from transformers import PreTrainedModel
 
 from lcprune import demo
 from lcprune.cli import bars, options, tables
-from lcprune.cli.files import write_bytes, write_text
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import RecipeCLI
 from lcprune.delivery import pictures
 from lcprune.errors import InputError
+from lcprune.files import write_bytes, write_text
 from lcprune.merging.calibration import Calibration
 from lcprune.merging.criteria import (
     AngularDistance,

@@ -12,12 +12,12 @@ from transformers import GenerationConfig
 
 from lcprune import demo
 from lcprune.cli import bars, budgets, tables
-from lcprune.cli.files import write_text
 from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.delivery.export import export_stream
 from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.teacher import stored_dtype
 from lcprune.errors import InputError
+from lcprune.files import write_text
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.shards import INDEX, ONE_FILE
 from lcprune.merging.streaming import (

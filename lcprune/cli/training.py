@@ -23,7 +23,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcprune import __version__, demo
 from lcprune.cli import tables
-from lcprune.cli.files import write_text
 from lcprune.cli.messages import cause_of, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.data.module import TextDataModule
@@ -36,6 +35,7 @@ from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F4
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.distillation.throughput import Throughput  # noqa: F401
 from lcprune.errors import InputError
+from lcprune.files import write_text
 from lcprune.merging.gradients import Magnitude, Taylor  # noqa: F401
 from lcprune.merging.greedy import GreedyPlanner  # noqa: F401
 from lcprune.merging.progressive import ProgressivePlanner  # noqa: F401

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-from lcprune import demo
 from lcprune.data.author import Author
 from lcprune.data.sources import read_file
 from lcprune.errors import DiskError, InputError
+from lcprune.files import cache_folder
 from lcprune.identity import content_of
 
 COLUMN = "text"
@@ -100,7 +100,7 @@ def text_file(settings: Generate, *, teacher: str, column: str) -> Path:
     prompts = _prompts(settings, column)
     origin = _origin(settings, name, prompts)
     content = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
-    path = demo._cache_folder() / "generated" / f"{content[:16]}.jsonl"
+    path = cache_folder() / "generated" / f"{content[:16]}.jsonl"
     if path.is_file():
         return path
     try:

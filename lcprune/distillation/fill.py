@@ -7,7 +7,6 @@ written beside its place, renamed, and only then entered into the manifest.
 
 import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from lcprune.distillation.losses import CHUNK
 from lcprune.distillation.passes import Wanted
 from lcprune.distillation.teacher import Teacher
 from lcprune.errors import InputError
+from lcprune.files import write_bytes
 from lcprune.merging.progress import track
 
 SHARD_BYTES = 64 * 10**6
@@ -125,7 +125,7 @@ class Filling:
             blocks: Every block [N, T], in the origin's order.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for old in self.folder.glob(".shard-*.tmp"):  # of a run that was killed
+        for old in self.folder.glob(".*.tmp*"):  # of a run that was killed
             old.unlink()
         missing = [
             (file, blocks[start : start + self._rows])
@@ -156,10 +156,10 @@ class Filling:
         keys = b"".join(keys_of(rows))
         tensors["keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(rows), KEY_BYTES)
         content = save(tensors)
-        _write_whole(self.folder / file, content)
+        write_bytes(self.folder / file, content)
         tail = tensors["log_tail"].double().exp().mean().item()
         self._shards[file] = Shard(file, len(rows), hashlib.sha256(content).hexdigest(), tail)
-        _write_whole(self.folder / MANIFEST, self.manifest.to_json().encode())
+        write_bytes(self.folder / MANIFEST, self.manifest.to_json().encode())
 
 
 def _top(head: Head, last_BTD: Tensor, k: int) -> Buckets:
@@ -169,17 +169,3 @@ def _top(head: Head, last_BTD: Tensor, k: int) -> Buckets:
         parts = [top(head(states.float()), k) for states in last_BTD.flatten(0, 1).split(CHUNK)]
     ids, log_p, log_tail = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_p", "log_tail"))
     return Buckets(ids.unflatten(0, shape), log_p.unflatten(0, shape), log_tail.unflatten(0, shape))
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """The file under its name is the old one or the new one, whatever happens."""
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

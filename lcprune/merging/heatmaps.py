@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Batch, Hook, evaluating, hidden_states, mask_of, stream_of, unmasked
+from lcprune.merging.calibration import Batch, evaluating, hidden_states, layer_outputs, mask_of, unmasked
 from lcprune.merging.progress import track
 
 TOKEN_CHUNK = 256
@@ -82,7 +82,7 @@ def state_cosines(model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
         for batch in track(batches, "comparing the stream at all boundaries"):
             hidden_states(model, batch)
             mask = mask_of(batch)
-            streams = [unmasked(states.pop(boundary), mask) for boundary in range(len(layers) + 1)]
+            streams = [unmasked(states.pop(layer), mask) for layer in range(-1, len(layers))]
             tokens += len(streams[0])
             for chunk in zip(*(stream.split(TOKEN_CHUNK) for stream in streams), strict=True):
                 # The first's device: layers may lie on several.
@@ -95,22 +95,14 @@ def state_cosines(model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
 
 @contextmanager
 def _boundaries(layers: nn.ModuleList) -> Iterator[dict[int, Tensor]]:
-    """Collects the stream [B, T, D] at every boundary, by its number, during forward passes inside the block."""
-    states: dict[int, Tensor] = {}
+    """Collects the stream [B, T, D] behind every layer, by its number, and the embeddings as number -1."""
+    with layer_outputs(layers, range(len(layers))) as states:
 
-    def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
-        states[0] = args[0] if args else kwargs["hidden_states"]
+        def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+            states[-1] = args[0] if args else kwargs["hidden_states"]
 
-    def after(boundary: int) -> Hook:
-        def keep(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-            states[boundary] = stream_of(output)
-
-        return keep
-
-    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
-    handles += [layer.register_forward_hook(after(boundary)) for boundary, layer in enumerate(layers, 1)]
-    try:
-        yield states
-    finally:
-        for handle in handles:
+        handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield states
+        finally:
             handle.remove()

@@ -83,7 +83,7 @@ def test_schedule_counts_from_the_folders_depth_and_a_run_resumes(
         runs.student_of(tiny_folder, student=short, lr_scheduler=None), datamodule=runs.data_for(tiny_folder, text)
     )
     again = runs.student_of(tiny_folder, student=short, lr_scheduler=None)
-    second = runs.trainer_for(tmp_path, collapse, max_steps=6)
+    second = runs.trainer_for(tmp_path, collapse, runs.checkpoints_in(tmp_path), max_steps=6)
     second.fit(again, datamodule=runs.data_for(tiny_folder, text), ckpt_path=str(tmp_path / "last.ckpt"))
     assert again.history.lineage == whole.history.lineage
     torch.testing.assert_close(dict(again.student.state_dict()), dict(whole.student.state_dict()))

@@ -113,7 +113,7 @@ def test_killed_cache_goes_on_and_ends_with_the_same_bytes(made: Path, tiny_fold
     job = caches.filling(tmp_path / "cache", tiny_folder, rows, layers=(2, 5))
     with pytest.raises(Killed):
         job.run(Dying(teacher.model), different(rows))
-    (tmp_path / "cache" / ".shard-00009.safetensors.tmp").write_bytes(b"half a shard")
+    (tmp_path / "cache" / ".shard-00009.safetensors.tmp-4711").write_bytes(b"half a shard")
     again = caches.filling(tmp_path / "cache", tiny_folder, rows, layers=(2, 5))
     assert again.blocks_left == caches.FEW - 2 * batches
     if batches:
