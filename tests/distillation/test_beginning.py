@@ -93,9 +93,9 @@ def test_schedule_counts_from_the_folders_depth_and_a_run_resumes(
 def test_checkpoint_of_a_run_that_began_elsewhere_is_refused(
     tiny_folder: Path, short: Path, text: Path, tmp_path: Path
 ):
-    trainer = runs.trainer_for(tmp_path, runs.two_merges(), runs.checkpoints_in(tmp_path), max_steps=4)
+    trainer = runs.trainer_for(tmp_path, runs.two_merges(), runs.checkpoints_in(tmp_path), max_steps=8)
     trainer.fit(runs.student_of(tiny_folder), datamodule=runs.data_for(tiny_folder, text))
-    other = runs.trainer_for(tmp_path, max_steps=6)
+    other = runs.trainer_for(tmp_path, runs.checkpoints_in(tmp_path), max_steps=9)
     with pytest.raises(InputError, match=r"merged otherwise than the checkpoint's.*model\.student"):
         other.fit(
             runs.student_of(tiny_folder, student=short),
