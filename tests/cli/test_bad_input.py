@@ -80,6 +80,16 @@ def test_mistake_in_a_recipe_is_one_sentence_and_leaves_nothing(
     assert not list((tmp_path / "run").rglob("*.ckpt")) if (tmp_path / "run").exists() else True
 
 
+def test_student_that_is_no_student_is_one_sentence_before_weights_are_loaded(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lcprune.distillation.module.load_pair", _never)
+    for wrong in (tmp_path / "nowhere", tiny_folder):
+        content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", model__student=str(wrong))
+        assert main(["fit", "--config", str(write(tmp_path, content))]) == 2
+        assert "holds no history.json: name a folder that lcprune collapse" in _sentence(capsys)
+
+
 def _never(*args: object) -> None:
     pytest.fail("weights were loaded before the mistake was found")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lcprune import cli
@@ -153,6 +154,25 @@ def test_collapse_without_training_reaches_the_target(config: str, tmp_path: Pat
     assert main(["collapse", "--config", config, "--target-depth", "3", "--out", str(out)]) == 0
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 3
     assert AutoTokenizer.from_pretrained(out)("layer").input_ids
+
+
+def test_student_of_collapse_is_validated_distilled_and_shortened_further(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    short, run = tmp_path / "short", tmp_path / "run"
+    assert main(["collapse", "--config", config, "--target-depth", "5", "--out", str(short)]) == 0
+    begun = ["--config", config, "--model.student", str(short)]
+    assert main(["validate", *begun]) == 0
+    assert main(["fit", *begun, "--collapse.schedule", "null", "--out", str(tmp_path / "same")]) == 0
+    assert main(["fit", *begun, "--out", str(tmp_path / "shorter")]) == 0
+    depths = [MergeHistory.load(tmp_path / name / "history.json").depth for name in ("short", "same", "shorter")]
+    assert depths == [5, 5, 4]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("short", "same")]
+    assert not weights[0]["model.norm.weight"].equal(weights[1]["model.norm.weight"])
+    assert run.is_dir()
+    capsys.readouterr()
+    assert main(["collapse", *begun, "--out", str(tmp_path / "o")]) == 2
+    assert "model.student=" in capsys.readouterr().err
 
 
 def test_student_is_stored_in_the_dtype_of_its_teacher(tmp_path: Path):
