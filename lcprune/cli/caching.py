@@ -20,7 +20,7 @@ from lcprune.distillation.teacher import Teacher, load
 from lcprune.errors import InputError
 from lcprune.merging.budget import BYTES, amount
 
-TOP_K = 64
+TOP_K = 128
 """How many tokens are kept unless another number is asked for."""
 EXAMPLES = """an example:
   lcprune cache --config recipes/best.yaml --out teacher/

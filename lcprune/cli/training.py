@@ -154,6 +154,8 @@ class RecipeCLI(LightningCLI):
         self.model.history  # noqa: B018 - reads the config: an unknown model or family is refused here
         if self.record is not None:
             self.record.check_fits(self.model.teacher_name, self.model.fingerprint)
+            self.record.check_adapters(None if self.model.lora is None else self.model.lora.record)
+            self.record.check_begun(self.model.begun)
 
     @property
     def run_folder(self) -> Path:

@@ -30,7 +30,7 @@ class TokenWindow:
             scored: Which positions count, bool [B, T].
         """
         tokens = int(scored.sum())
-        if self._tokens == 0:
+        if not self._first:  # on every rank alike, whatever it scores: the ranks meet in here
             self._first = max(_over_ranks(float(tokens), loss.device) / _ranks(), 1.0)
         self._tokens += tokens
         return loss if tokens == self._first else loss * (tokens / self._first)

@@ -35,6 +35,10 @@ def history_of(folder: Path, teacher: str) -> MergeHistory:
             f"model.student={str(folder)!r} holds no {HISTORY}: name a folder that lcprune collapse, fit or export "
             "wrote, or leave model.student out to begin from the teacher."
         )
+    if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        raise InputError(
+            f"model.student={str(folder)!r} holds no weights (*.safetensors): it is not whole, export anew."
+        )
     history = MergeHistory.load(folder / HISTORY)
     if history.teacher not in ("", demo.public_name(teacher)):
         raise InputError(
@@ -45,6 +49,12 @@ def history_of(folder: Path, teacher: str) -> MergeHistory:
     depths = layout_of(config).depth_of(config), history.depth
     if depths[0] != depths[1]:
         raise InputError(f"model.student={str(folder)!r} has {depths[0]} layers, its {HISTORY} says {depths[1]}.")
+    theirs = layout_of(demo.read_config(teacher)).depth_of(demo.read_config(teacher))
+    if theirs != history.teacher_depth:
+        raise InputError(
+            f"model.student={str(folder)!r} descends from a model of {history.teacher_depth} layers, "
+            f"model.teacher={teacher!r} has {theirs}: name the one it was shortened from."
+        )
     steps = tuple(replace(step, global_step=None) for step in history.steps)
     return replace(history, steps=steps, teacher=teacher)
 
@@ -62,7 +72,7 @@ def take_over(student: PreTrainedModel, folder: Path, history: MergeHistory, dty
         Whether everything before the first merged layer is as it was.
     """
     surgery.replay(student, history)
-    stored = dict(load(str(folder), dtype, student.device).named_parameters())
+    stored = dict(load(str(folder), dtype, student.device, named="model.student").named_parameters())
     first = next((place for place, ancestors in enumerate(history.lineage) if len(ancestors) > 1), history.depth)
     layers = layout_of(student.config).layers_of(student)
     behind = {id(parameter) for layer in layers[first:] for parameter in layer.parameters()}

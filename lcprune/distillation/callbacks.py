@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
+from math import inf
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -20,9 +21,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lcprune.distillation import adapters, optim
+from lcprune.distillation import adapters, beforehand, optim
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Milestone, Schedule
@@ -99,8 +101,11 @@ class ProgressiveCollapse(Callback):
     def check(self, trainer: Trainer, module: DistillationModule) -> None:
         """Raises InputError for what can be known before text is read or a folder made."""
         if self.schedule is None:
+            module.check_trains(inf)
             return
         depth = module.begun.depth
+        module.check_trains(self.schedule.milestones(depth)[0][0])
+        optim.check(beforehand.try_out(module.make_optimizer, module.make_scheduler))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.schedule.check(depth, trainer.max_steps)
         for _, target in self.schedule.milestones(depth):
@@ -155,6 +160,7 @@ class ProgressiveCollapse(Callback):
             )
         self._check_cache(trainer.global_step, module)
         self._merge_if_due(trainer, module)
+        self._look_ahead(trainer, module)
 
     def _check_cache(self, step: int, module: DistillationModule) -> None:
         """Refuses a teacher cache that a later merge would find wanting; the module looks at the present lineage."""
@@ -193,6 +199,12 @@ class ProgressiveCollapse(Callback):
         """Merges when this batch has completed an optimizer step and the schedule says so."""
         if trainer.global_step != self._step_before:
             self._merge_if_due(trainer, _ours(pl_module))
+            self._look_ahead(trainer, _ours(pl_module))
+
+    def _look_ahead(self, trainer: Trainer, module: DistillationModule) -> None:
+        """Tells the module when the next merge comes, which ends its phases."""
+        ahead = (at for at, _ in self._ahead(module, trainer.global_step + 1))
+        module.next_merge = next(ahead, None)
 
     def _merge_if_due(self, trainer: Trainer, module: DistillationModule) -> None:
         if self.schedule is None:
@@ -286,8 +298,10 @@ def _share(merged: Iterable[torch.nn.Parameter]) -> None:
 
 def measure(trainer: Trainer, module: DistillationModule) -> dict[str, float]:
     """Validation perplexity and agreement as they are now, over the batches the validation loop would take."""
-    loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-    limit = trainer.limit_val_batches
+    source, limit = trainer.datamodule, trainer.limit_val_batches  # type: ignore[attr-defined]
+    if limit == 0 or not is_overridden("val_dataloader", source):
+        return {}
+    loader = source.val_dataloader()
     count = int(len(loader) * limit) if isinstance(limit, float) else limit
     if count == 0:
         return {}

@@ -93,6 +93,16 @@ class Record:
                 f"model.teacher={teacher!r} ({now}): name the model it was trained from."
             )
 
+    def check_begun(self, begun: MergeHistory) -> None:
+        """Raises InputError if the run that goes on begins with another student than the one that wrote this."""
+        before = sum(step.global_step is None for step in self.history.steps)
+        if before != len(begun.steps):
+            raise InputError(
+                f"ckpt_path names a checkpoint of a run that began with {before} merges done, model.student says "
+                f"{len(begun.steps)}: resume with the model.student that the run began with, or without one if it had "
+                "none."
+            )
+
     def check_adapters(self, lora: Mapping[str, object] | None) -> None:
         """Raises InputError if the run that goes on has other adapters than the one that wrote the checkpoint."""
         if self.lora == lora:

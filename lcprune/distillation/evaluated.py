@@ -11,7 +11,7 @@ from lcprune.distillation import objectives
 from lcprune.distillation.levels import Labels, Level, Logits
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.teacher import Teacher
-from lcprune.merging.calibration import Batch
+from lcprune.merging.calibration import Batch, next_tokens
 
 
 class Evaluated(LightningModule):
@@ -64,7 +64,7 @@ class Evaluated(LightningModule):
         """Adds a batch to a metric, student beside teacher."""
         passes = self.run(batch, (Logits(), Labels()))
         keep = objectives.scored_positions(batch)
-        targets = objectives.next_tokens(batch)[keep]
+        targets = next_tokens(batch)[keep]
         assert passes.student.last is not None
         assert passes.teacher.last is not None
         metric.update(

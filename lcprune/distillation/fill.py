@@ -29,6 +29,9 @@ from lcprune.merging.progress import track
 SHARD_BYTES = 64 * 10**6
 """About as much as a kill can lose, and as is held in memory."""
 
+OURS = (".shard-", "shard-", f".{MANIFEST}.")
+"""How the names of files begin that a run which was killed may have left."""
+
 
 def different(blocks: Tensor) -> Tensor:
     """Every block [N, T] that is there, once, in order."""
@@ -112,7 +115,7 @@ class Filling:
                     "this one."
                 )
             return manifest.shards
-        others = [file.name for file in self.folder.glob("*") if not file.name.startswith((".shard-", "shard-"))]
+        others = [file.name for file in self.folder.glob("*") if not file.name.startswith(OURS)]
         if others:
             raise InputError(f"--out {self.folder} holds other files ({min(others)}): name an empty or a new folder.")
         return ()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -20,7 +21,7 @@ from transformers import PretrainedConfig
 from typing_extensions import Self
 
 from lcprune import demo
-from lcprune.distillation import adapters, beginning, objectives, quantized, recall
+from lcprune.distillation import adapters, beforehand, beginning, objectives, quantized, recall
 from lcprune.distillation import phases as phases_room
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
@@ -135,6 +136,8 @@ class DistillationModule(Evaluated):
         self._training: Trained | None = None  # what is trainable now
         self._prefix_is_original = True  # whether layers before the first merged one are the teacher's, value by value
         self._end: int | None = None  # optimizer steps of the whole run, once it has begun
+        self.next_merge: int | None = None
+        """Optimizer step of the next merge, where one is to come; `ProgressiveCollapse` keeps it."""
         self._window = TokenWindow()
 
     @property
@@ -174,8 +177,11 @@ class DistillationModule(Evaluated):
             self.cache = TeacherCache.fitting(self.teacher_cache, self.teacher_name)
 
     def setup(self, stage: str) -> None:
-        """Before weights are loaded, refuses a teacher cache of another text."""
+        """Before weights are loaded, refuses what training could not begin or go on with."""
         if stage == "fit":
+            beforehand.try_out(self.make_optimizer, self.make_scheduler)
+            if isinstance(self.trainer.strategy, DDPStrategy):
+                beforehand.check_ddp(self.phases, self.train_usually, self.trainer.strategy)
             self.open_cache()
             source = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.cache is not None and isinstance(source, TrainingBlocks):
@@ -240,7 +246,8 @@ class DistillationModule(Evaluated):
         step = 0 if self._trainer is None else self.trainer.global_step
         merges = [merge.global_step or 0 for merge in self.history.steps] if self.phases_begin == "merge" else []
         begun = max((merge for merge in merges if merge <= step), default=0)
-        return phases_room.now(self.phases, step, begun=begun, end=self._end)
+        ends = [at for at in (self._end, self.next_merge if self.phases_begin == "merge" else None) if at is not None]
+        return phases_room.now(self.phases, step, begun=begun, end=min(ends, default=None))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As in torch, but the student's buffers keep the teacher's precision.
@@ -261,6 +268,10 @@ class DistillationModule(Evaluated):
             return optimizer
         scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # type: ignore[return-value]
+
+    def check_trains(self, first_merge: float) -> None:
+        """Raises InputError if a phase before a run's first merge, at this optimizer step, trains nothing."""
+        beforehand.check_trains(self.phases, self.train_usually, self.begun.lineage, first_merge)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """At the turn of a phase, chooses anew what is trained."""
@@ -325,6 +336,7 @@ class DistillationModule(Evaluated):
         record = Record.of(checkpoint)
         record.check_fits(self.teacher_name, self.fingerprint)
         record.check_adapters(None if self.lora is None else self.lora.record)
+        record.check_begun(self.begun)
         if record.history.teacher != self.teacher_name:
             rank_zero_warn(
                 f"the checkpoint's teacher is {record.history.teacher!r}, model.teacher is {self.teacher_name!r}: "
@@ -355,6 +367,7 @@ class DistillationModule(Evaluated):
                 "(collapse.schedule.first: 0), or train all or layers until then."
             )
         self.check_cache([self.history.lineage])
+        self._window = TokenWindow()  # a run that was interrupted may have left tokens in it
         steps = optimizer_steps(self.trainer)
         if steps < float("inf"):
             self._end = int(steps)

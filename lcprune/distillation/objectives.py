@@ -20,7 +20,7 @@ from lcprune.distillation.losses import HeadLoss, boundary_loss, bucket_loss, he
 from lcprune.distillation.passes import Call, Start, States, Wanted, forward, stream_dtype
 from lcprune.distillation.teacher import Teacher, head_of
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Batch
+from lcprune.merging.calibration import Batch, next_tokens
 from lcprune.merging.lineage import Lineage
 
 
@@ -237,12 +237,6 @@ def _distance(outputs: Mapping[int, Tensor], forward: Forward, lineage: Lineage,
         for s, output in outputs.items()
     ]
     return torch.stack(distances).mean()
-
-
-def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """Labels [B, T] moved by one: entry t is what position t has to predict; -100 at the end."""
-    labels_BT = batch.get("labels", batch["input_ids"])
-    return torch.cat([labels_BT[:, 1:], torch.full_like(labels_BT[:, :1], -100)], dim=1)
 
 
 def scored_positions(batch: Mapping[str, Tensor]) -> Tensor:

@@ -32,6 +32,13 @@ def check(optimizer: Optimizer) -> None:
             f"merged layer's has to: use one of {', '.join(known)}."
         )
 
+    filled = [value for group in optimizer.param_groups if (value := group.get("initial_accumulator_value"))]
+    if filled:
+        raise InputError(
+            f"model.optimizer: initial_accumulator_value={filled[0]} of {type(optimizer).__name__} is not the zero at "
+            "which a merged layer's state starts afresh: leave it out."
+        )
+
 
 def carry_over(optimizer: Optimizer, outcome: Outcome) -> None:
     """Adjusts an optimizer in place to a merge; Parameters are told apart by identity.

@@ -117,23 +117,28 @@ def forward(model: PreTrainedModel, batch: Batch, wanted: Wanted, start: Start |
 def calls_without_running(model: PreTrainedModel, batch: Batch, wanted: Sequence[int]) -> dict[int, Call]:
     """How a causal LM would call its layers, without the work: the embeddings run, no layer does.
 
-    Of the states that go in, only layer 0's is right; `in_tuple` is not known.
+    Of the states that go in, only layer 0's is right.
     """
     calls: dict[int, Call] = {}
+    layers = layout_of(model.config).layers_of(model)
+    in_tuple: list[bool] = []
 
     def recorder(index: int):  # type: ignore[no-untyped-def]
-        def record(*args: Any, **kwargs: Any) -> Tensor:
-            state: Tensor = args[0] if args else kwargs.pop("hidden_states")
+        def record(*args: Any, **kwargs: Any) -> object:
+            if not in_tuple:
+                # Some families' layers return a tuple, others the state: the first one is run to find out.
+                in_tuple.append(isinstance(type(layers[0]).forward(layers[0], *args, **kwargs), tuple))
+            named = dict(kwargs)
+            state: Tensor = args[0] if args else named.pop("hidden_states")
             if index in wanted:
-                calls[index] = Call(state, args[1:], kwargs, False)
+                calls[index] = Call(state, args[1:], named, in_tuple[0])
             if index == max(wanted):
                 raise _Enough
-            return state
+            return (state,) if in_tuple[0] else state
 
         return record
 
     if wanted:
-        layers = layout_of(model.config).layers_of(model)
         with _standing_in(layers, recorder), suppress(_Enough):
             hidden_states(model, batch)
     return calls

@@ -76,7 +76,12 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def load(
-    name: str, dtype: DtypeName, device: torch.device | str = "cpu", packed: Packed | None = None
+    name: str,
+    dtype: DtypeName,
+    device: torch.device | str = "cpu",
+    packed: Packed | None = None,
+    *,
+    named: str = "model.teacher",
 ) -> PreTrainedModel:
     """The model of that name or folder, on `device`; raises InputError if there is none or its family is unknown.
 
@@ -85,6 +90,7 @@ def load(
         dtype: Type of its weights, and with `packed` of what is not packed.
         device: Where to.
         packed: Its layers' weights in fewer bits.
+        named: The setting that names it, for the error.
     """
     layout_of(demo.read_config(name))
     weights = getattr(torch, dtype)
@@ -99,7 +105,7 @@ def load(
         return model
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"The weights of model.teacher={name!r} cannot be loaded ({reason})") from error
+        raise InputError(f"The weights of {named}={name!r} cannot be loaded ({reason})") from error
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:

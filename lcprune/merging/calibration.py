@@ -103,6 +103,20 @@ def mask_of(batch: Batch) -> Tensor | None:
     return batch["attention_mask"].bool() if "attention_mask" in batch else None
 
 
+def next_tokens(batch: Batch) -> Tensor:
+    """Labels [B, T] moved by one: entry t is what position t has to predict, -100 where nothing counts.
+
+    Without `labels` every token counts but the padding, and what a position of padding would predict.
+    """
+    labels_BT = batch.get("labels", batch["input_ids"])
+    targets_BT = torch.cat([labels_BT[:, 1:], torch.full_like(labels_BT[:, :1], -100)], dim=1)
+    if "attention_mask" not in batch:
+        return targets_BT
+    mask_BT = batch["attention_mask"].bool()
+    both_BT = mask_BT & torch.cat([mask_BT[:, 1:], torch.zeros_like(mask_BT[:, :1])], dim=1)
+    return targets_BT.masked_fill(~both_BT, -100)
+
+
 def last_tokens(batches: Sequence[Batch]) -> list[Batch]:
     """The same batches, of which only the last unmasked token of every sequence counts."""
     ends: list[Batch] = []
@@ -142,13 +156,11 @@ def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
 def token_loss(model: PreTrainedModel, state_BTD: Tensor, batch: Batch) -> tuple[float, int]:
     """Sum of next-token cross-entropies in nats, and over how many tokens, from the last state.
 
-    Logits exist for `HEAD_CHUNK` tokens at a time. Without `labels` every token after the first is scored.
+    Logits exist for `HEAD_CHUNK` tokens at a time. What is scored, `next_tokens` says.
     """
-    labels_BT = batch.get("labels", batch["input_ids"])
-    targets = labels_BT[:, 1:].reshape(-1).to(state_BTD.device)
-    states_ND = state_BTD[:, :-1].reshape(-1, state_BTD.shape[-1])
-    keep = targets != -100
-    states_ND, targets = states_ND[keep], targets[keep]
+    targets_BT = next_tokens(batch).to(state_BTD.device)
+    keep_BT = targets_BT != -100
+    states_ND, targets = state_BTD[keep_BT], targets_BT[keep_BT]
     total = 0.0
     for states, labels in zip(states_ND.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
         total += cross_entropy(logits(model, states).float(), labels, reduction="sum").item()

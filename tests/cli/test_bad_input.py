@@ -62,6 +62,30 @@ RECIPES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
         {"collapse__planner": {"class_path": "FixedPlan", "init_args": {"groups": [[5, 6, 7]]}}},
         ("layer 7", "0 to 5"),
     ),
+    "optimizer that cannot start afresh": (
+        {"model__optimizer": {"class_path": "torch.optim.NAdam", "init_args": {"lr": 1e-3}}},
+        ("NAdam", "starts at zero", "AdamW"),
+    ),
+    "scheduler of a figure": (
+        {
+            "model__lr_scheduler": {
+                "class_path": "lightning.pytorch.cli.ReduceLROnPlateau",
+                "init_args": {"monitor": "val/perplexity"},
+            }
+        },
+        ("ReduceLROnPlateau", "RewarmingCosine"),
+    ),
+    "nothing to train before the first merge": (
+        {
+            "model__train": "after_merge",
+            "collapse__schedule": {"class_path": "Evenly", "init_args": {"target_depth": 4, "first": 3}},
+        },
+        ("train=after_merge trains nothing before the first merge", "collapse.schedule.first: 0"),
+    ),
+    "boundary alone under ddp": (
+        {"trainer__strategy": "ddp", "model__objective": [{"class_path": "Boundary"}]},
+        ("Boundary", "add Logits", "ddp_find_unused_parameters_true"),
+    ),
     "strategy that cannot merge": ({"trainer__strategy": "fsdp"}, ("fsdp",)),
 }
 

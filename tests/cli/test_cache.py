@@ -60,7 +60,7 @@ def test_size_and_progress_are_said_and_a_second_call_has_nothing_to_do(
     file, out = written(tmp_path, tiny_folder), tmp_path / "teacher"
     assert main(["cache", "--config", file, "--out", str(out), "--layers", "2,4"]) == 0
     said = capsys.readouterr()
-    assert "the likeliest 64 tokens and the states of layers 2, 4 at " in said.err
+    assert "the likeliest 97 tokens and the states of layers 2, 4 at " in said.err
     assert "will take " in said.err
     assert "batches through the teacher: " in said.err
     assert f"cache: {out}" in said.out

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lcprune import Boundary, Labels, Logits
+from lcprune.distillation import accumulation
 from lcprune.distillation.accumulation import TokenWindow
 from tests.builders import VOCABULARY
 from tests.distillation import runs
@@ -34,6 +35,20 @@ def test_equal_micro_batches_are_left_to_lightning():
     gradient = weight.grad
     window.close(1, [weight])
     assert weight.grad is gradient
+
+
+def test_ranks_meet_once_at_a_windows_start_and_once_at_its_end_whatever_is_scored(monkeypatch: pytest.MonkeyPatch):
+    met: list[float] = []
+    monkeypatch.setattr(accumulation, "_over_ranks", lambda value, device: met.append(value) or value)
+    weight, window = torch.nn.Parameter(torch.ones(())), TokenWindow()
+    for _ in range(2):
+        for count in (0, 5, 0):
+            (window.weigh(weight * 2, torch.arange(8) < count) / 3).backward()
+        window.close(3, [weight])
+    assert met == [0.0, 5.0, 0.0, 5.0]
+    assert weight.grad is not None
+    # The second window's closing factor, 3 * 1 / 5, counts for what the first has left, too: nobody zeroed it.
+    assert weight.grad.item() == pytest.approx((2.0 + 2.0 * 5 / 3) * 3 / 5)
 
 
 class Rows(LightningDataModule):

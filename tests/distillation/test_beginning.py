@@ -96,9 +96,23 @@ def test_checkpoint_of_a_run_that_began_elsewhere_is_refused(
     trainer = runs.trainer_for(tmp_path, runs.two_merges(), runs.checkpoints_in(tmp_path), max_steps=8)
     trainer.fit(runs.student_of(tiny_folder), datamodule=runs.data_for(tiny_folder, text))
     other = runs.trainer_for(tmp_path, runs.checkpoints_in(tmp_path), max_steps=9)
-    with pytest.raises(InputError, match=r"merged otherwise than the checkpoint's.*model\.student"):
+    with pytest.raises(InputError, match=r"began with 0 merges done, model\.student says 1"):
         other.fit(
             runs.student_of(tiny_folder, student=short),
+            datamodule=runs.data_for(tiny_folder, text),
+            ckpt_path=str(tmp_path / "last.ckpt"),
+        )
+
+
+def test_resume_without_the_folder_that_the_run_began_with_is_refused(
+    tiny_folder: Path, short: Path, text: Path, tmp_path: Path
+):
+    trainer = runs.trainer_for(tmp_path, runs.checkpoints_in(tmp_path), max_steps=2)
+    trainer.fit(runs.student_of(tiny_folder, student=short), datamodule=runs.data_for(tiny_folder, text))
+    again = runs.trainer_for(tmp_path, runs.checkpoints_in(tmp_path), max_steps=4)
+    with pytest.raises(InputError, match=r"began with 1 merges done, model\.student says 0"):
+        again.fit(
+            runs.student_of(tiny_folder),
             datamodule=runs.data_for(tiny_folder, text),
             ckpt_path=str(tmp_path / "last.ckpt"),
         )
@@ -127,6 +141,12 @@ def test_folder_of_another_kind_is_one_sentence(tiny_folder: Path, short: Path, 
         _ = runs.student_of(tiny_folder, student=tiny_folder).history
     with pytest.raises(InputError, match=r"descends from .*, model\.teacher is 'demo:smollm2'"):
         _ = DistillationModule(student=short).history
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "history.json"):
+        (bare / name).write_bytes((short / name).read_bytes())
+    with pytest.raises(InputError, match="holds no weights"):
+        _ = runs.student_of(tiny_folder, student=bare).history
     folder = builders.save_tiny(tmp_path / "seven", builders.tiny_llama(n_layers=4))
     history = replace(MergeHistory.load(short / "history.json"), teacher="")
     (folder / "history.json").write_text(history.to_json(), encoding="utf-8")

@@ -123,6 +123,14 @@ def test_killed_cache_goes_on_and_ends_with_the_same_bytes(made: Path, tiny_fold
     assert files_of(tmp_path / "cache") == files_of(made)
 
 
+def test_filling_goes_on_that_was_killed_while_it_wrote_its_first_manifest(tmp_path: Path, tiny_folder: Path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / ".manifest.json.tmp-4711").write_text("{")
+    job = caches.filling(folder, tiny_folder, torch.arange(64).reshape(4, 16))
+    assert job.blocks_left > 0
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1

@@ -363,4 +363,24 @@ def test_merge_without_validation_measures_nothing_it_has_not_seen(fit: Fit):
     module, _ = fit(runs.two_merges(), limit_val_batches=0)
     assert module.history.depth == 4
     for step in module.history.steps:
-        assert step.measured.get("val/perplexity") != 1.0
+        assert step.measured == {}
+
+
+def test_data_without_a_validation_loader_is_merged_unmeasured(tiny_folder: Path, text: Path, tmp_path: Path):
+    class TrainingOnly(LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.source = runs.data_for(tiny_folder, text)
+            self.calibration_batches = self.source.calibration_batches
+
+        def setup(self, stage: str) -> None:
+            self.source.trainer = self.trainer
+            self.source.setup(stage)
+
+        def train_dataloader(self) -> object:
+            return self.source.train_dataloader()
+
+    module = runs.student_of(tiny_folder)
+    trainer = runs.trainer_for(tmp_path, runs.two_merges(), max_steps=9)
+    trainer.fit(module, datamodule=TrainingOnly())
+    assert [step.measured for step in module.history.steps] == [{}, {}]

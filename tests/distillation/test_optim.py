@@ -49,6 +49,12 @@ def trained(make: Callable[..., Optimizer], batch: dict[str, Tensor]) -> tuple[P
     return model, optimizer
 
 
+def test_adagrad_that_starts_above_zero_is_refused():
+    check(torch.optim.Adagrad([Parameter(torch.ones(1))]))
+    with pytest.raises(InputError, match=r"initial_accumulator_value=0\.1 of Adagrad"):
+        check(torch.optim.Adagrad([Parameter(torch.ones(1))], initial_accumulator_value=0.1))
+
+
 def test_carry_over_removes_exactly_the_absorbed(batch: dict[str, Tensor]):
     model, optimizer = trained(OPTIMIZERS["adamw"], batch)
     groups, lists = list(optimizer.param_groups), [group["params"] for group in optimizer.param_groups]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lcprune.distillation.passes import Start, Wanted, forward
+from lcprune.distillation.passes import Start, Wanted, calls_without_running, forward
 from lcprune.distillation.teacher import recompute_activations, second_view
 from lcprune.merging.calibration import Batch, hidden_states
 from tests.builders import ALL_FAMILIES, Family, tiny_llama, token_batches
@@ -44,6 +44,20 @@ def test_layer_called_as_the_model_called_it_gives_what_it_gave(family: Family):
         states = forward(model, BATCH, Wanted(last=False, outputs=(2,), calls=(2,)))
         call = states.calls[2]
         torch.testing.assert_close(call.run(layers_of(model)[2], call.state_BTD), states.layers[2])
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_layers_that_do_not_run_are_called_as_those_that_do(family: Family):
+    model, batch = tiny_llama(model_type=family), {"input_ids": token_batches()[0]}
+    wanted = (0, 3, 5)
+    with torch.no_grad():
+        without = calls_without_running(model, batch, wanted)
+        real = forward(model, batch, Wanted(calls=wanted)).calls
+    assert without[0].state_BTD.equal(real[0].state_BTD)
+    for index in wanted:
+        assert without[index].state_BTD.shape == real[index].state_BTD.shape
+        assert without[index].in_tuple == real[index].in_tuple
+        assert without[index].arguments.keys() == real[index].arguments.keys()
 
 
 def test_pass_ends_behind_the_last_layer_that_is_wanted():

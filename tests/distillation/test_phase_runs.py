@@ -22,6 +22,33 @@ def merges(*steps: int) -> ProgressiveCollapse:
     )
 
 
+class Progress(Callback):
+    """How far the phase has come before every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: DistillationModule, *_: object) -> None:
+        self.seen.append(pl_module.now.progress)
+
+
+@pytest.mark.parametrize(
+    ("begin", "seen"),
+    [
+        ("merge", [0, 1 / 2, 0, 1 / 4, 2 / 4, 3 / 4, 0, 1 / 3, 2 / 3]),
+        ("run", [step / 9 for step in range(9)]),
+    ],
+)
+def test_a_phase_ends_at_the_next_merge_where_phases_begin_at_merges(
+    begin: str, seen: list[float], tiny_folder: Path, text: Path, tmp_path: Path
+):
+    module = runs.student_of(tiny_folder, phases_begin=begin)
+    progress = Progress()
+    trainer = runs.trainer_for(tmp_path, merges(2, 6), progress, max_steps=9)
+    trainer.fit(module, datamodule=runs.data_for(tiny_folder, text))
+    assert progress.seen == pytest.approx(seen)
+
+
 class Moved(Callback):
     """Which layers moved in every optimizer step, by their first teacher layer; and the terms of its loss."""
 

@@ -21,6 +21,7 @@ from lcprune.merging.calibration import (
     evaluating,
     hidden_states,
     layer_outputs,
+    next_tokens,
     token_loss,
 )
 from lcprune.merging.lineage import MergeHistory, MergeStep
@@ -147,6 +148,21 @@ def test_token_loss_is_transformers_own(labelled: bool, chunk: int, monkeypatch:
         total, count = token_loss(model, hidden_states(model, batch), batch)
     assert count == (int((labels[:, 1:] != -100).sum()) if labelled else 30)
     assert total / count == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "targets"),
+    [
+        ([1, 1, 1, 0, 0], [6, 7, -100, -100, -100]),
+        ([0, 0, 1, 1, 1], [-100, -100, 8, 9, -100]),
+        ([1, 1, 1, 1, 1], [6, 7, 8, 9, -100]),
+    ],
+)
+def test_padding_is_neither_predicted_nor_predicts(mask: list[int], targets: list[int]):
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8, 9]]), "attention_mask": torch.tensor([mask])}
+    assert next_tokens(batch).tolist() == [targets]
+    assert next_tokens({**batch, "labels": batch["input_ids"]}).tolist() == [targets]
+    assert token_loss(tiny_llama(), torch.zeros(1, 5, 32), batch)[1] == sum(target != -100 for target in targets)
 
 
 def test_token_loss_of_labels_that_score_nothing_is_zero_over_zero_tokens():

@@ -1,0 +1,84 @@
+"""What can be known to fail before any weight is loaded, from the settings of a run alone."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lcprune.distillation.levels import Labels, Logits
+from lcprune.distillation.phases import Phase
+from lcprune.distillation.trained import Trained, trained_layers
+from lcprune.errors import InputError
+from lcprune.merging.lineage import Lineage
+
+
+def try_out(make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallable | None) -> Optimizer:
+    """Makes optimizer and scheduler for a Parameter that nobody needs, so that their own mistakes show.
+
+    Args:
+        make_optimizer: From Parameters.
+        make_scheduler: From the optimizer; None = there is none.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: If the scheduler is one that is not stepped by the number of optimizer steps.
+    """
+    optimizer = make_optimizer(iter([Parameter(torch.zeros(1))]))
+    if make_scheduler is not None and isinstance(make_scheduler(optimizer), ReduceLROnPlateau):
+        raise InputError(
+            "model.lr_scheduler=ReduceLROnPlateau follows a figure, and schedulers are stepped after every optimizer "
+            "step here: take RewarmingCosine, RewarmingWSD or one of torch's that follow the step."
+        )
+    return optimizer
+
+
+def check_ddp(phases: Sequence[Phase], usually: Trained, strategy: DDPStrategy) -> None:
+    """Plain DDP waits for the gradient of every trained Parameter, and only a loss on the logits reaches all.
+
+    Args:
+        phases: Of the run.
+        usually: What is trained where a phase does not say.
+        strategy: The trainer's.
+
+    Raises:
+        InputError: If a phase would leave it waiting.
+    """
+    if strategy._ddp_kwargs.get("find_unused_parameters"):
+        return
+    for phase in phases:
+        on_head = any(isinstance(level, Logits | Labels) for level in phase.objective)
+        if not on_head and phase.trained(usually) not in ("merged", "lora_merged"):
+            raise InputError(
+                f"model: objective {[type(level).__name__ for level in phase.objective]} reaches no layer behind the "
+                "last merged one, for whose gradients trainer.strategy=ddp would wait: add Logits, set train: merged, "
+                "or use strategy ddp_find_unused_parameters_true."
+            )
+
+
+def check_trains(phases: Sequence[Phase], usually: Trained, lineage: Lineage, first_merge: float) -> None:
+    """Every phase before the first merge of a run has something to train.
+
+    Args:
+        phases: Of the run.
+        usually: What is trained where a phase does not say.
+        lineage: With which it begins.
+        first_merge: Its optimizer step; infinite = there is none.
+
+    Raises:
+        InputError: If one has not.
+    """
+    step = 0
+    for phase in phases:
+        what = phase.trained(usually)
+        if step < first_merge and not trained_layers(what, lineage):
+            raise InputError(
+                f"train={what} trains nothing before the first merge, from step {step} on: merge at step 0 "
+                "(collapse.schedule.first: 0), or train all or layers until then."
+            )
+        step += phase.steps or 0
