@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -82,3 +83,19 @@ def check_trains(phases: Sequence[Phase], usually: Trained, lineage: Lineage, fi
                 "(collapse.schedule.first: 0), or train all or layers until then."
             )
         step += phase.steps or 0
+
+
+def warn_of_phases(phases: Sequence[Phase], begun: int, end: float) -> None:
+    """Says so where the last phase, which a run is for, never begins.
+
+    Args:
+        phases: Of the run.
+        begun: The optimizer step at which they begin for the last time.
+        end: Optimizer steps of the run.
+    """
+    last = begun + sum(phase.steps or 0 for phase in phases[:-1])
+    if last >= end:
+        rank_zero_warn(
+            f"phases: the last one begins at step {last}, and the run ends after {end:.0f}: it is never trained; "
+            "shorten the phases before it, or train longer"
+        )

@@ -137,10 +137,12 @@ class ProgressiveCollapse(Callback):
 
         A checkpoint may stem from between an optimizer step and its merge (an exception, a signal of the cluster).
         """
+        module, steps = _ours(pl_module), optimizer_steps(trainer)
+        last = 0 if self.schedule is None else self.schedule.milestones(module.begun.depth)[-1][0]
+        if module.phases_begin == "merge":
+            beforehand.warn_of_phases(module.phases, last, steps)
         if self.schedule is None:
             return
-        module = _ours(pl_module)
-        last, steps = self.schedule.milestones(module.begun.depth)[-1][0], optimizer_steps(trainer)
         if steps <= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
                 f"{self.schedule}: the merge at step {last} is never reached, the run ends after {steps} optimizer "

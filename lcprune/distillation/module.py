@@ -374,6 +374,8 @@ class DistillationModule(Evaluated):
             for config in self.trainer.lr_scheduler_configs:
                 if isinstance(config.scheduler, Rewarming):
                     config.scheduler.set_total_steps(self._end)
+            if self.phases_begin == "run":
+                beforehand.warn_of_phases(self.phases, 0, self._end)
         if self._rng is not None:
             restore_rng_state(self._rng)
             self._rng = None

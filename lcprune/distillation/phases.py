@@ -38,10 +38,20 @@ class Phase:
         if self.train is not None and self.train not in TRAINED:
             raise InputError(f"phases: train={self.train!r} must be one of {', '.join(TRAINED)}, or null.")
 
+        if self.train is not None and self._alone and self.train not in ("merged", "lora_merged"):
+            raise InputError(
+                f"phases: train={self.train!r} beside Local alone, which merged layers learn by and no others: leave "
+                "train out, or set merged or lora_merged."
+            )
+
+    @property
+    def _alone(self) -> bool:
+        return all(isinstance(level, Local) for level in self.objective)
+
     def trained(self, usual: Trained) -> Trained:
         """Which Parameters this phase trains; where every layer learns alone, nothing but the merged ones can."""
         what = usual if self.train is None else self.train
-        if all(isinstance(level, Local) for level in self.objective):
+        if self._alone:
             return "lora_merged" if trains_adapters(what) else "merged"
         return what
 

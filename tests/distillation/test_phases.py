@@ -2,8 +2,10 @@
 
 import pytest
 
-from lcprune.distillation.levels import Labels, Logits
+from lcprune.distillation.beforehand import warn_of_phases
+from lcprune.distillation.levels import Labels, Local, Logits
 from lcprune.distillation.phases import Phase, check, now
+from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
 
 FIRST, SECOND, LAST = Phase([Logits()], steps=4), Phase([Labels()], steps=2), Phase([Logits(), Labels()])
@@ -44,3 +46,18 @@ def test_phases_that_leave_a_gap_are_refused(phases: list[Phase], message: str):
 def test_phase_that_cannot_be_is_refused(settings: dict[str, object], message: str):
     with pytest.raises(InputError, match=message):
         Phase([Logits()], **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("train", ["all", "layers", "after_merge", "lora"])
+def test_local_alone_with_anything_else_to_train_is_refused(train: Trained):
+    with pytest.raises(InputError, match=f"train='{train}' beside Local alone"):
+        Phase([Local()], train=train)
+    assert Phase([Local()], train="merged").trained("all") == "merged"
+    assert Phase([Local(), Logits()], train=train).trained("merged") == train
+
+
+def test_last_phase_that_never_begins_is_said():
+    with pytest.warns(UserWarning, match=r"the last one begins at step 16, and the run ends after 16: it is never"):
+        warn_of_phases(PHASES, 10, 16)
+    warn_of_phases(PHASES, 10, 17)
+    warn_of_phases((LAST,), 0, 1)
