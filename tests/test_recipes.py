@@ -38,7 +38,10 @@ def test_recipe_makes_every_object_and_its_schedule_fits_the_demo_model(
     monkeypatch.chdir(tmp_path)
     cli = RecipeCLI(["--config", str(path), "--trainer.accelerator", "cpu"], run=False)
     callback = collapse_of(cli)
-    assert callback.schedule is not None
-    callback.schedule.check(30, cli.trainer.max_steps)
-    callback.planner.check(30, callback.schedule.target(30))
+    if path.stem == "recover":  # begins with a student that is short already
+        assert callback.schedule is None
+    else:
+        assert callback.schedule is not None
+        callback.schedule.check(30, cli.trainer.max_steps)
+        callback.planner.check(30, callback.schedule.target(30))
     assert not list(tmp_path.iterdir())
