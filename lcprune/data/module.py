@@ -30,6 +30,9 @@ from lcprune.errors import InputError
 Batch = dict[str, Tensor]
 """`input_ids` and `labels`, both int64 [B, T]."""
 
+FRACTION = 0.05
+"""Of the text, held out unless the user says otherwise."""
+
 _Rows = tuple[Tensor, ...]
 
 
@@ -160,7 +163,7 @@ class TextDataModule(L.LightningDataModule):
         text_column: str = "text",
         block_size: int = 512,
         batch_size: int = 4,
-        validation_fraction: float = 0.05,
+        validation_fraction: float = FRACTION,
         validation_blocks: int | None = None,
         calibration_blocks: int = 16,
         num_workers: int = 0,
@@ -315,6 +318,12 @@ class TextDataModule(L.LightningDataModule):
             yield f"{' and '.join(given)} are {'both' if len(given) == 2 else 'all'} set: keep one of them"
         if self.dataset is None and (self.dataset_config is not None or self.split != "train"):
             yield "data.dataset_config and data.split belong to data.dataset, which is not set: set it or drop them"
+        if self.validation_path is not None and self.validation_fraction != FRACTION:
+            yield f"data.validation_fraction={self.validation_fraction} does nothing beside validation_path: drop it"
+        files_with_columns = [path for path in (self.path, self.validation_path) if path and path.suffix != ".txt"]
+        columns = self.dataset is not None or self.generate is not None or files_with_columns
+        if self.text_column != COLUMN and not columns:
+            yield f"data.text_column={self.text_column!r} does nothing for text without columns: drop it"
         files = {
             "data.path": self.path,
             "data.validation_path": self.validation_path,

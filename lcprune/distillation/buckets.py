@@ -35,10 +35,6 @@ class Buckets:
         """Some of the places."""
         return Buckets(self.ids[index], self.log_p[index], self.log_tail[index])
 
-    def to(self, device: torch.device) -> "Buckets":
-        """The same on another device."""
-        return Buckets(self.ids.to(device), self.log_p.to(device), self.log_tail.to(device))
-
 
 def top(logits_CV: Tensor, k: int) -> Buckets:
     """The k likeliest tokens of every row, the likeliest first, and the mass of the rest; in the logits' dtype."""

@@ -193,8 +193,8 @@ class TeacherCache:
         origin = cache.manifest.origin
         states = f", states of layers {_listed(origin.layers)}" if origin.layers else ""
         rank_zero_info(
-            f"teacher cache {folder}: the likeliest {origin.top_k} tokens, {1 - cache.manifest.tail:.2%} of the "
-            f"probability{states}; the teacher does not run on training batches"
+            f"teacher cache {folder}: the likeliest {origin.top_k} tokens of the teacher in {origin.dtype}, "
+            f"{1 - cache.manifest.tail:.2%} of the probability{states}; the teacher does not run on training batches"
         )
         return cache
 

@@ -54,7 +54,7 @@ class Evaluated(LightningModule):
             `prompt` [B, T/2] and `continuation` [B, <= 64], token ids.
         """
         prompt = batch["input_ids"][:, : max(1, batch["input_ids"].shape[1] // 2)]
-        mask = torch.ones_like(prompt)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, : prompt.shape[1]]
         output = self.student.generate(  # type: ignore[operator]
             input_ids=prompt, attention_mask=mask, max_new_tokens=64, do_sample=False, use_cache=True
         )

@@ -5,7 +5,7 @@
     local                 one merged layer alone, called as the teacher called the first of its ancestors
 
 The student's backward pass ends where it was handed over, since what comes from the teacher has no gradient. Layers
-are stood in for at the level of the call, below their hooks and above their (perhaps compiled) forward.
+are stood in for at the level of the call, above their hooks, which do not run, and their (perhaps compiled) forward.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

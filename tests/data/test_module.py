@@ -319,3 +319,15 @@ def test_data_set_that_cannot_be_had_is_named_with_both_ways_out(make: Make):
 def test_batch_larger_than_the_text_is_refused(make: Make, lines: Path):
     with pytest.raises(InputError, match="needs 32 training blocks, but the text gives 18"):
         make(path=lines, batch_size=32).train_dataloader()
+
+
+def test_settings_without_an_effect_are_refused(tmp_path: Path):
+    text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
+    text.write_text("words")
+    rows.write_text('{"body": "words"}')
+    with pytest.raises(InputError, match=r"validation_fraction=0\.1 does nothing beside validation_path"):
+        TextDataModule(tokenizer="t", path=text, validation_path=text, validation_fraction=0.1)
+    for path in (text, None):
+        with pytest.raises(InputError, match="text_column='body' does nothing for text without columns"):
+            TextDataModule(tokenizer="t", path=path, text_column="body")
+    TextDataModule(tokenizer="t", path=text, validation_path=rows, text_column="body")
