@@ -11,7 +11,8 @@
 
 Every variant begins with the same student and sees the same blocks in the same order: `--tokens` of them, or, with
 `--seconds`, as many as it gets through (its own schedule is cut to that length by a few steps that are timed before).
-Perplexity is measured on the yardstick's evaluation windows (yardstick.py), float32 weights under bfloat16 autocast.
+`held_out` is the perplexity on the held-out part of the text that is trained on, `perplexity` that on the yardstick's
+evaluation windows (yardstick.py), which are other text; both with float32 weights under bfloat16 autocast.
 Figures are appended to --results and not measured again. The last line is one JSON object: variant -> figures.
 """
 
@@ -21,7 +22,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -34,6 +36,8 @@ from lcprune.demo import DEMO, load_tokenizer
 from lcprune.distillation.levels import Level
 from lcprune.distillation.optim import RewarmingCosine
 from lcprune.distillation.phases import Phase
+from lcprune.merging.calibration import Batch, evaluating, hidden_states, token_loss
+from lcprune.merging.criteria import perplexity
 from tests.benchmarks.results import Result, Results
 from tests.benchmarks.yardstick import Yardstick
 
@@ -41,6 +45,8 @@ BOTH: list[Level] = [Logits(), Boundary(0.5)]
 WARM_UP, TIMED = 10, 4
 """Optimizer steps: of the learning rate's warm-up, and how many are timed where seconds are given."""
 STAGES = (1, 2, 4)
+HELD_OUT = 8192
+"""Tokens of the validation text, at most."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +74,27 @@ class Bench:
         text = given.text.read_text(encoding="utf-8")
         self.yardstick = Yardstick.of(text, load_tokenizer(given.teacher))
 
-    def perplexity(self, module: DistillationModule) -> float:
-        """Of the student on the evaluation windows, as it is trained: float32 weights, bfloat16 products."""
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.yardstick.perplexity(module.student)
+    @cached_property
+    def held_out(self) -> list[Batch]:
+        """So much of the validation text."""
+        data = self._data()
+        data.setup("validate")
+        return list(islice(data.val_dataloader(), HELD_OUT // (self.given.block_size * self.given.batch_size)))
+
+    def judged(self, module: DistillationModule) -> Result:
+        """The student on both texts, as it is trained: float32 weights, bfloat16 products."""
+        loss, count = 0.0, 0
+        with torch.autocast("cpu", torch.bfloat16), evaluating(module.student):
+            for batch in self.held_out:
+                batch_loss, tokens = token_loss(module.student, hidden_states(module.student, batch), batch)
+                loss, count = loss + batch_loss, count + tokens
+            return {"held_out": perplexity(loss, count), "perplexity": self.yardstick.perplexity(module.student)}
 
     def untrained(self) -> Result:
         """The student in the folder."""
         module = self._module(VARIANTS["logits"], 1)
         module.configure_model()
-        return {"perplexity": self.perplexity(module), "tokens": 0, "seconds": 0.0}
+        return {**self.judged(module), "tokens": 0, "seconds": 0.0}
 
     def measure(self, name: str) -> Result:
         """Trains a variant and measures it."""
@@ -88,7 +105,7 @@ class Bench:
         began = time.perf_counter()
         module = self._train(variant, steps)
         seconds = time.perf_counter() - began
-        return {"perplexity": self.perplexity(module), "tokens": steps * per_step, "seconds": round(seconds, 1)}
+        return {**self.judged(module), "tokens": steps * per_step, "seconds": round(seconds, 1)}
 
     def _seconds_per_step(self, variant: Variant) -> float:
         """Mean over the phases, each for its share of the steps."""
