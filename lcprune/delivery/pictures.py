@@ -161,9 +161,12 @@ def _criterion(axes: "Axes", title: str, values: Sequence[float]) -> None:
             axes.scatter([layer], [values[layer]], s=120, color=SAFE, zorder=2, clip_on=False)
             axes.text(layer, values[layer], str(rank), color="white", fontsize=8, ha="center", va="center_baseline")
     edge = axes.get_xaxis_transform()  # layers across, fractions of the height upwards
+    lower = False
     for layer, value in enumerate(values):
-        if not value <= top:
-            note = f"▲\n{_short(value)}"
+        beyond = not value <= top
+        lower = beyond and layer > 0 and not values[layer - 1] <= top and not lower  # or neighbours' figures overlap
+        if beyond:
+            note = f"▲\n{lower * chr(10)}{_short(value)}"
             axes.text(layer, 1.0, note, transform=edge, ha="center", va="top", fontsize=7.5, color=LOUD)
 
 
