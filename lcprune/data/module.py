@@ -209,9 +209,15 @@ class TextDataModule(L.LightningDataModule):
                 "training": self._pack("training", training),
                 "validation": self._pack("validation", validation)[: self.validation_blocks],
             }
+        if stage == "fit" and self.trainer is not None:  # before weights are loaded
+            self._check_training_blocks()
 
     def train_dataloader(self) -> DataLoader[_Rows]:
         """Full batches in an order of their own every epoch, as many on every rank; resumable within the epoch."""
+        self._check_training_blocks()
+        return self._loader(ResumableLoader, self._blocks["training"])
+
+    def _check_training_blocks(self) -> None:
         blocks, devices = self._blocks["training"], self._world[0]
         if len(blocks) < self.batch_size * devices:
             raise InputError(
@@ -219,7 +225,6 @@ class TextDataModule(L.LightningDataModule):
                 f"blocks, but the text gives {len(blocks)} of {self.block_size} tokens: lower data.batch_size or "
                 "data.block_size, or give more text."
             )
-        return self._loader(ResumableLoader, blocks)
 
     def val_dataloader(self) -> DataLoader[_Rows]:
         """The held-out blocks in order, none twice; several ranks share them evenly and leave a remainder out."""

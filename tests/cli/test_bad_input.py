@@ -58,6 +58,7 @@ RECIPES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "model that is not on the hub": ({"model__teacher": "nobody/nothing-at-all"}, ("nobody/nothing-at-all", "local")),
     "missing data": ({"data__path": "nowhere.jsonl"}, ("data.path=nowhere.jsonl", "does not exist")),
     "block longer than the text": ({"data__block_size": 100_000}, ("100000", "lower data.block_size")),
+    "batch larger than the text": ({"data__batch_size": 5000}, ("data.batch_size=5000", "lower data.batch_size")),
     "layer that is not there": (
         {"collapse__planner": {"class_path": "FixedPlan", "init_args": {"groups": [[5, 6, 7]]}}},
         ("layer 7", "0 to 5"),
