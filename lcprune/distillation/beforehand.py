@@ -94,7 +94,7 @@ def warn_of_phases(phases: Sequence[Phase], begun: int, end: float) -> None:
         end: Optimizer steps of the run.
     """
     last = begun + sum(phase.steps or 0 for phase in phases[:-1])
-    if last >= end:
+    if len(phases) > 1 and last >= end:
         rank_zero_warn(
             f"phases: the last one begins at step {last}, and the run ends after {end:.0f}: it is never trained; "
             "shorten the phases before it, or train longer"

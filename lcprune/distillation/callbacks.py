@@ -139,15 +139,15 @@ class ProgressiveCollapse(Callback):
         """
         module, steps = _ours(pl_module), optimizer_steps(trainer)
         last = 0 if self.schedule is None else self.schedule.milestones(module.begun.depth)[-1][0]
-        if module.phases_begin == "merge":
-            beforehand.warn_of_phases(module.phases, last, steps)
-        if self.schedule is None:
-            return
-        if steps <= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.schedule is not None and steps <= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
                 f"{self.schedule}: the merge at step {last} is never reached, the run ends after {steps} optimizer "
                 "steps: merge earlier, or raise trainer.max_epochs or trainer.limit_train_batches."
             )
+        if module.phases_begin == "merge":
+            beforehand.warn_of_phases(module.phases, last, steps)
+        if self.schedule is None:
+            return
         for optimizer in trainer.optimizers:
             optim.check(optimizer)
         missed = [

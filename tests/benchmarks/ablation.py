@@ -1,5 +1,6 @@
 """What each level is worth: `python tests/benchmarks/ablation.py short/ --path my.jsonl --text wiki.txt`.
 
+    original                the teacher
     untrained               the student as it is in the folder
     local                   Local: every merged layer learns alone
     logits                  Logits
@@ -90,9 +91,9 @@ class Bench:
                 loss, count = loss + batch_loss, count + tokens
             return {"held_out": perplexity(loss, count), "perplexity": self.yardstick.perplexity(module.student)}
 
-    def untrained(self) -> Result:
-        """The student in the folder."""
-        module = self._module(VARIANTS["logits"], 1)
+    def untrained(self, student: Path | None) -> Result:
+        """The student in a folder; None = the teacher."""
+        module = DistillationModule(teacher=self.given.teacher, student=student)
         module.configure_model()
         return {**self.judged(module), "tokens": 0, "seconds": 0.0}
 
@@ -203,9 +204,14 @@ def main() -> None:
     results = Results(given.results, {"given": {name: str(getattr(given, name)) for name in deciding}})
     bench = Bench(given)
     found = {}
-    for name in ("untrained", *given.variants):
+    measures: dict[str, Callable[[], Result]] = {
+        "original": lambda: bench.untrained(None),
+        "untrained": lambda: bench.untrained(given.student),
+        **{name: partial(bench.measure, name) for name in given.variants},
+    }
+    for name, measure in measures.items():
         if results.get(name) is None:
-            results.add(name, bench.untrained() if name == "untrained" else bench.measure(name))
+            results.add(name, measure())
         found[name] = results.get(name)
         print(f"{name:24} {found[name]}", flush=True)
     print(json.dumps(found))

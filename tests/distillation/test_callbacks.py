@@ -175,7 +175,7 @@ def _surgery_on_checkpoint(checkpoint: dict, folder: Path, step: MergeStep) -> N
 def test_merge_in_the_loop_is_stopping_doing_surgery_and_going_on(
     fit: Fit, tiny_folder: Path, text: Path, tmp_path: Path
 ):
-    step = MergeStep((2, 3), {"class_path": "WeightedAverage"}, (0.5, 0.5))
+    step = MergeStep((2, 3), {"class_path": "WeightedAverage"}, (0.5, 0.5), global_step=4)
     collapse = ProgressiveCollapse(AtSteps({4: 5}), planner=FixedPlan([[2, 3]]), operator=WeightedAverage())
 
     def module() -> DistillationModule:
@@ -366,6 +366,7 @@ def test_merge_without_validation_measures_nothing_it_has_not_seen(fit: Fit):
         assert step.measured == {}
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_data_without_a_validation_loader_is_merged_unmeasured(tiny_folder: Path, text: Path, tmp_path: Path):
     class TrainingOnly(LightningDataModule):
         def __init__(self) -> None:
