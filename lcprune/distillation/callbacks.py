@@ -100,6 +100,7 @@ class ProgressiveCollapse(Callback):
 
     def check(self, trainer: Trainer, module: DistillationModule) -> None:
         """Raises InputError for what can be known before text is read or a folder made."""
+        module.check_strategy(trainer.strategy)
         if self.schedule is None:
             module.check_trains(inf)
             return

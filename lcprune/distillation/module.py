@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -180,8 +180,7 @@ class DistillationModule(Evaluated):
         """Before weights are loaded, refuses what training could not begin or go on with."""
         if stage == "fit":
             beforehand.try_out(self.make_optimizer, self.make_scheduler)
-            if isinstance(self.trainer.strategy, DDPStrategy):
-                beforehand.check_ddp(self.phases, self.train_usually, self.trainer.strategy)
+            self.check_strategy(self.trainer.strategy)
             self.open_cache()
             source = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.cache is not None and isinstance(source, TrainingBlocks):
@@ -268,6 +267,11 @@ class DistillationModule(Evaluated):
             return optimizer
         scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # type: ignore[return-value]
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Raises InputError if plain DDP would wait for gradients that no loss gives."""
+        if isinstance(strategy, DDPStrategy):
+            beforehand.check_ddp(self.phases, self.train_usually, strategy)
 
     def check_trains(self, first_merge: float) -> None:
         """Raises InputError if a phase before a run's first merge, at this optimizer step, trains nothing."""
