@@ -22,11 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lcprune.delivery.card import model_card
 from lcprune.errors import DiskError, InputError, RunError
 from lcprune.merging.calibration import evaluating
-from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.lineage import HISTORY, MergeHistory
 from lcprune.merging.shards import SHARD_BYTES, ShardWriter
 from lcprune.merging.streaming import stored_tensors
 
-HISTORY = "history.json"
 RECIPE = "recipe.yaml"
 PROOF_SHAPE = (2, 32)
 """Batch and length of the token ids on which student and reloaded folder must agree."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -39,18 +39,18 @@ def try_out(make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallab
     return optimizer
 
 
-def check_ddp(phases: Sequence[Phase], usually: Trained, strategy: DDPStrategy) -> None:
+def check_strategy(strategy: Strategy, phases: Sequence[Phase], usually: Trained) -> None:
     """Plain DDP waits for the gradient of every trained Parameter, and only a loss on the logits reaches all.
 
     Args:
+        strategy: The trainer's; others than DDP do not wait.
         phases: Of the run.
         usually: What is trained where a phase does not say.
-        strategy: The trainer's.
 
     Raises:
         InputError: If a phase would leave it waiting.
     """
-    if strategy._ddp_kwargs.get("find_unused_parameters"):
+    if not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters"):
         return
     for phase in phases:
         on_head = any(isinstance(level, Logits | Labels) for level in phase.objective)

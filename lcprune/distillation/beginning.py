@@ -12,20 +12,20 @@ from transformers import PreTrainedModel
 
 from lcprune import demo
 from lcprune.distillation.teacher import DtypeName, load
+from lcprune.distillation.trained import ids_behind
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.lineage import MergeHistory
-
-HISTORY = "history.json"
+from lcprune.merging.lineage import HISTORY, MergeHistory
 
 
-def history_of(folder: Path, teacher: str) -> MergeHistory:
+def history_of(folder: Path, teacher: str, depth: int) -> MergeHistory:
     """How the student in a folder came from the teacher; nothing in it counts as done in this run.
 
     Args:
         folder: As `lcprune collapse`, `fit` or `export` wrote it.
         teacher: The teacher's name.
+        depth: The teacher's number of layers.
 
     Raises:
         InputError: If the folder is none of those, its account does not fit its own config, or its teacher is another.
@@ -46,14 +46,13 @@ def history_of(folder: Path, teacher: str) -> MergeHistory:
             "teacher."
         )
     config = demo.read_config(str(folder))
-    depths = layout_of(config).depth_of(config), history.depth
-    if depths[0] != depths[1]:
-        raise InputError(f"model.student={str(folder)!r} has {depths[0]} layers, its {HISTORY} says {depths[1]}.")
-    theirs = layout_of(demo.read_config(teacher)).depth_of(demo.read_config(teacher))
-    if theirs != history.teacher_depth:
+    layers = layout_of(config).depth_of(config)
+    if layers != history.depth:
+        raise InputError(f"model.student={str(folder)!r} has {layers} layers, its {HISTORY} says {history.depth}.")
+    if depth != history.teacher_depth:
         raise InputError(
             f"model.student={str(folder)!r} descends from a model of {history.teacher_depth} layers, "
-            f"model.teacher={teacher!r} has {theirs}: name the one it was shortened from."
+            f"model.teacher={teacher!r} has {depth}: name the one it was shortened from."
         )
     steps = tuple(replace(step, global_step=None) for step in history.steps)
     return replace(history, steps=steps, teacher=teacher)
@@ -73,9 +72,7 @@ def take_over(student: PreTrainedModel, folder: Path, history: MergeHistory, dty
     """
     surgery.replay(student, history)
     stored = dict(load(str(folder), dtype, student.device, named="model.student").named_parameters())
-    first = next((place for place, ancestors in enumerate(history.lineage) if len(ancestors) > 1), history.depth)
-    layers = layout_of(student.config).layers_of(student)
-    behind = {id(parameter) for layer in layers[first:] for parameter in layer.parameters()}
+    behind = ids_behind(student, history.lineage)
     untouched = True
     for name, parameter in student.named_parameters():
         if not torch.equal(parameter, stored[name]):

@@ -100,12 +100,12 @@ class ProgressiveCollapse(Callback):
 
     def check(self, trainer: Trainer, module: DistillationModule) -> None:
         """Raises InputError for what can be known before text is read or a folder made."""
-        module.check_strategy(trainer.strategy)
-        if self.schedule is None:
-            module.check_trains(inf)
-            return
+        beforehand.check_strategy(trainer.strategy, module.phases, module.train_usually)
         depth = module.begun.depth
-        module.check_trains(self.schedule.milestones(depth)[0][0])
+        first_merge = inf if self.schedule is None else self.schedule.milestones(depth)[0][0]
+        beforehand.check_trains(module.phases, module.train_usually, module.begun.lineage, first_merge)
+        if self.schedule is None:
+            return
         optim.check(beforehand.try_out(module.make_optimizer, module.make_scheduler))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.schedule.check(depth, trainer.max_steps)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -161,10 +160,10 @@ class DistillationModule(Evaluated):
     @cached_property
     def begun(self) -> MergeHistory:
         """How the student came from the teacher before this run."""
+        depth = layout_of(self.teacher_config).depth_of(self.teacher_config)
         if self.student_folder is not None:
-            return beginning.history_of(self.student_folder, self.teacher_name)
-        config = self.teacher_config
-        return MergeHistory(layout_of(config).depth_of(config), teacher=self.teacher_name)
+            return beginning.history_of(self.student_folder, self.teacher_name, depth)
+        return MergeHistory(depth, teacher=self.teacher_name)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -180,7 +179,7 @@ class DistillationModule(Evaluated):
         """Before weights are loaded, refuses what training could not begin or go on with."""
         if stage == "fit":
             beforehand.try_out(self.make_optimizer, self.make_scheduler)
-            self.check_strategy(self.trainer.strategy)
+            beforehand.check_strategy(self.trainer.strategy, self.phases, self.train_usually)
             self.open_cache()
             source = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.cache is not None and isinstance(source, TrainingBlocks):
@@ -267,15 +266,6 @@ class DistillationModule(Evaluated):
             return optimizer
         scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # type: ignore[return-value]
-
-    def check_strategy(self, strategy: Strategy) -> None:
-        """Raises InputError if plain DDP would wait for gradients that no loss gives."""
-        if isinstance(strategy, DDPStrategy):
-            beforehand.check_ddp(self.phases, self.train_usually, strategy)
-
-    def check_trains(self, first_merge: float) -> None:
-        """Raises InputError if a phase before a run's first merge, at this optimizer step, trains nothing."""
-        beforehand.check_trains(self.phases, self.train_usually, self.begun.lineage, first_merge)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """At the turn of a phase, chooses anew what is trained."""

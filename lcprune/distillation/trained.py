@@ -73,6 +73,12 @@ def own(parameter: nn.Parameter) -> None:
     parameter.data = parameter.data.clone()
 
 
+def ids_behind(student: PreTrainedModel, lineage: Lineage) -> set[int]:
+    """Identities of all Parameters of the first merged layer and of those behind it."""
+    layers = layout_of(student.config).layers_of(student)
+    return {id(parameter) for s in trained_layers("after_merge", lineage) for parameter in layers[s].parameters()}
+
+
 def make_room(student: PreTrainedModel, stored: Mapping[str, Tensor], lineage: Lineage) -> bool:
     """Gives storage of their own to frozen Parameters that other values are about to be loaded into, in place.
 
@@ -84,8 +90,7 @@ def make_room(student: PreTrainedModel, stored: Mapping[str, Tensor], lineage: L
     Returns:
         Whether everything before the first merged layer stays as it is.
     """
-    layers = layout_of(student.config).layers_of(student)
-    behind = {id(p) for s in trained_layers("after_merge", lineage) for p in layers[s].parameters()}
+    behind = ids_behind(student, lineage)
     untouched = True
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad and not parameter.equal(stored[name].to(parameter)):

@@ -23,6 +23,8 @@ Lineage = tuple[tuple[int, ...], ...]
 """For every student layer the consecutive teacher layers it descends from, in order; a partition of the teacher."""
 
 FORMAT = 1
+HISTORY = "history.json"
+"""What the file is called in which an exported student says how it came from its teacher."""
 """Version of the JSON form; a reader refuses a newer one."""
 
 

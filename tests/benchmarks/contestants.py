@@ -14,7 +14,6 @@ step to the next. The last line printed is one JSON object.
 
 import importlib
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -31,6 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.benchmarks.memory import resident
 
 MB = 2**20
 
@@ -103,7 +104,7 @@ class Meter:
 
     def __init__(self, work: Work) -> None:
         self.work, self.marks = work, list[float]()
-        self.held = 0 if work.device == "cuda" else _status("VmRSS")
+        self.held = 0 if work.device == "cuda" else resident("VmRSS")
 
     def start(self) -> None:
         """Training begins: what loading needed does not count."""
@@ -120,22 +121,13 @@ class Meter:
 
     def figures(self) -> dict[str, float]:
         """Median seconds of a step, and the peak in MB."""
-        peak = torch.cuda.max_memory_allocated() if self.work.device == "cuda" else _status("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if self.work.device == "cuda" else resident("VmHWM")
         steps = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
         return {
             "seconds": statistics.median(steps[-self.work.steps :]),
             "memory_mb": (peak - self.held) / MB,
             "steps": len(self.marks),
         }
-
-
-def _status(name: str) -> int:
-    """Bytes of resident memory, now (VmRSS) or at most (VmHWM)."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

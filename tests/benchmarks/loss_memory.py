@@ -11,17 +11,20 @@ gradient of the states, which has to grow, taken off both. The last line is one 
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from lcprune.distillation.divergences import KINDS, Divergence
 from lcprune.distillation.head import Head
 from lcprune.distillation.losses import CHUNK, head_loss
+from tests.benchmarks.memory import resident
 
 MB = 2**20
 
@@ -46,8 +49,7 @@ def peak(device: str) -> int:
     """The most bytes that were in use so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident("VmHWM")
 
 
 def draw(*shape: int, like: argparse.Namespace) -> Tensor:

@@ -19,7 +19,6 @@ The last line is one JSON object.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,8 @@ import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from lcprune.demo import DEMO, load_tokenizer
 from lcprune.distillation.teacher import load
 from lcprune.merging import operators
@@ -45,6 +46,7 @@ from lcprune.merging.concat import Concat
 from lcprune.merging.criteria import OutputSimilarity
 from lcprune.merging.planners import ThresholdPlanner
 from lcprune.merging.progressive import ProgressivePlanner
+from tests.benchmarks.memory import resident
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "laco_released.yaml"
 COME_DEPTH, COME_WINDOWS, WINDOW = 22, 16, 512
@@ -134,17 +136,10 @@ def alone(name: str, given: argparse.Namespace) -> None:
     model = load(given.model, given.dtype)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     batches = [{"input_ids": window[None]} for window in torch.load(given.windows)]
-    loaded = peak_rss()
+    loaded = resident("VmHWM")
     figures = SEARCHES[name](model, batches)
-    figures |= {f"{name}_rss_bytes": peak_rss(), f"{name}_loaded_rss_bytes": loaded, "weights_bytes": weights}
+    figures |= {f"{name}_rss_bytes": resident("VmHWM"), f"{name}_loaded_rss_bytes": loaded, "weights_bytes": weights}
     print(json.dumps(figures))
-
-
-def peak_rss() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    # Not getrusage's: that one begins with what the parent had when it started this process.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 
 def in_process_of_its_own(name: str, windows: Path, given: argparse.Namespace) -> Figures:

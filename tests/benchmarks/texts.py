@@ -1,0 +1,63 @@
+"""The texts of README's figures with training: `python tests/benchmarks/texts.py DATA runs/texts`.
+
+    first_half.txt   what best.yaml is calibrated on: the WikiText-2 validation text before the yardstick's evaluation
+    mix.jsonl        what the student is distilled on: all paragraphs of DATA/text/wikipedia_paragraphs.jsonl and 350
+                     pieces of 2,000 characters from DATA/text/openstax.jsonl, shuffled; the same at every call
+
+DATA holds text/*.jsonl with {"text"} in every row and eval/wikitext2_tokens_valid.txt.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lcprune.demo import DEMO, load_tokenizer
+from tests.benchmarks.yardstick import EVALUATION_START
+
+PIECE, PIECES = 2000, 350
+"""Characters of a piece of openstax.jsonl, and how many pieces are taken."""
+
+
+def first_half(text: str, tokenizer_name: str) -> str:
+    """The text before the yardstick's evaluation windows."""
+    tokenizer = load_tokenizer(tokenizer_name)
+    half: str = tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:EVALUATION_START])
+    return half
+
+
+def mix(paragraphs: list[str], books: list[str]) -> list[str]:
+    """All of the paragraphs and some of the books' pieces, in an order of their own."""
+    chance = random.Random(0)
+    pieces = [book[start : start + PIECE] for book in books for start in range(0, len(book), PIECE)]
+    chance.shuffle(pieces)
+    mixed = [*paragraphs, *pieces[:PIECES]]
+    chance.shuffle(mixed)
+    return mixed
+
+
+def _texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    """Writes both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default=DEMO)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    wiki = (given.data / "eval" / "wikitext2_tokens_valid.txt").read_text(encoding="utf-8")
+    (given.out / "first_half.txt").write_text(first_half(wiki, given.model), encoding="utf-8")
+    folder = given.data / "text"
+    mixed = mix(_texts(folder / "wikipedia_paragraphs.jsonl"), _texts(folder / "openstax.jsonl"))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in mixed)
+    (given.out / "mix.jsonl").write_text(lines, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
