@@ -26,7 +26,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     text_file(tmp_path).rename(tmp_path / "my.txt")
     words = (tmp_path / "my.txt").read_text().split()
     lines = [f'{{"text": "{" ".join(words[i : i + 60])}"}}\n' for i in range(0, len(words), 60)]
-    (tmp_path / "my.jsonl").write_text("".join(lines))
+    for name in ("my.jsonl", "mix.jsonl"):
+        (tmp_path / name).write_text("".join(lines))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

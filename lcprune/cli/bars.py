@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -39,6 +40,13 @@ def shown() -> Iterator[None]:
     )
     with bars, reporting(_Stages(bars)):
         yield
+
+
+class TrainingBar(RichProgressBar):
+    """Lightning's, without the last epoch of a run that ends by steps: it has none, and `Epoch 0/-2` is no answer."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return super()._get_train_description(current_epoch).replace("/-2", "   ")  # as wide, or the bar would jump
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from typing import Any, NoReturn
 import lightning
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcprune import __version__, demo
 from lcprune.cli import tables
+from lcprune.cli.bars import TrainingBar
 from lcprune.cli.messages import cause_of, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.data.module import TextDataModule
@@ -108,7 +109,7 @@ class RecipeCLI(LightningCLI):
         callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
         wanted = settings.get("enable_progress_bar") is not False
         if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            settings["callbacks"] = [*callbacks, RichProgressBar(leave=False)]
+            settings["callbacks"] = [*callbacks, TrainingBar(leave=False)]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:

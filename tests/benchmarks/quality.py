@@ -66,15 +66,16 @@ def answers(
 ) -> list[bool]:
     """Whether the model answers each row rightly."""
     sentences = [_sentence(tokenizer, row.context, choice) for row in rows for choice in row.choices]
-    scores = dict(zip(map(id, sentences), [0.0] * len(sentences), strict=True))
-    for batch in _batches(sorted(sentences, key=lambda one: len(one.ids))):
-        for one, value in zip(batch, likelihoods(model, batch), strict=True):
-            scores[id(one)] = value / one.characters if by_character else value
-    found, rest = [], iter(sentences)
-    for row in rows:
-        values = [scores[id(next(rest))] for _ in row.choices]
-        found.append(values.index(max(values)) == row.label)
-    return found
+    by_length = sorted(range(len(sentences)), key=lambda place: len(sentences[place].ids))
+    scores = [0.0] * len(sentences)
+    values = (
+        value for batch in _batches([sentences[place] for place in by_length]) for value in likelihoods(model, batch)
+    )
+    for place, value in zip(by_length, values, strict=True):
+        scores[place] = value / sentences[place].characters if by_character else value
+    rest = iter(scores)
+    answered = [[next(rest) for _ in row.choices] for row in rows]
+    return [mine.index(max(mine)) == row.label for mine, row in zip(answered, rows, strict=True)]
 
 
 def likelihoods(model: PreTrainedModel, batch: Sequence[Sentence]) -> list[float]:

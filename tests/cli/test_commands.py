@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lcprune import cli
 from lcprune.cli import main
+from lcprune.cli.bars import TrainingBar
 from lcprune.merging.lineage import MergeHistory
 from tests.builders import save_tiny, tiny_llama
 from tests.cli.recipe import recipe, text_file, write
@@ -182,6 +184,13 @@ def test_student_is_stored_in_the_dtype_of_its_teacher(tmp_path: Path):
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").config
     assert config.dtype == torch.bfloat16
     assert config.use_cache
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(-1, "Epoch 3"), (5, "Epoch 3/4")])
+def test_bar_names_no_last_epoch_where_there_is_none(epochs: int, said: str):
+    bar = TrainingBar()
+    bar._trainer = Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert bar._get_train_description(3).strip() == said
 
 
 def test_single_callback_may_stand_without_a_list(tiny_folder: Path, tmp_path: Path):
