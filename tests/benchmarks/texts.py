@@ -1,8 +1,9 @@
 """The texts of README's figures with training: `python tests/benchmarks/texts.py DATA runs/texts`.
 
-    first_half.txt   what best.yaml is calibrated on: the WikiText-2 validation text before the yardstick's evaluation
-    mix.jsonl        what the student is distilled on: all paragraphs of DATA/text/wikipedia_paragraphs.jsonl and 350
-                     pieces of 2,000 characters from DATA/text/openstax.jsonl, shuffled; the same at every call
+    first_half.txt      what best.yaml is calibrated on: the WikiText-2 validation text before the yardstick's evaluation
+    mix.jsonl           what the student is distilled on: all paragraphs of DATA/text/wikipedia_paragraphs.jsonl and 350
+                        pieces of 2,000 characters from DATA/text/openstax.jsonl, shuffled; the same at every call
+    calibration.jsonl   both of them, half and half by characters
 
 DATA holds text/*.jsonl with {"text"} in every row and eval/wikitext2_tokens_valid.txt.
 """
@@ -39,6 +40,21 @@ def mix(paragraphs: list[str], books: list[str]) -> list[str]:
     return mixed
 
 
+def both(half: str, mixed: list[str]) -> list[str]:
+    """The text, and as many characters of the others, to the end of one of them."""
+    taken, characters = [half], 0
+    for text in mixed:
+        if characters >= len(half):
+            break
+        taken.append(text)
+        characters += len(text)
+    return taken
+
+
+def _write(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
 def _texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -52,11 +68,12 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     wiki = (given.data / "eval" / "wikitext2_tokens_valid.txt").read_text(encoding="utf-8")
-    (given.out / "first_half.txt").write_text(first_half(wiki, given.model), encoding="utf-8")
+    half = first_half(wiki, given.model)
+    (given.out / "first_half.txt").write_text(half, encoding="utf-8")
     folder = given.data / "text"
     mixed = mix(_texts(folder / "wikipedia_paragraphs.jsonl"), _texts(folder / "openstax.jsonl"))
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in mixed)
-    (given.out / "mix.jsonl").write_text(lines, encoding="utf-8")
+    _write(given.out / "mix.jsonl", mixed)
+    _write(given.out / "calibration.jsonl", both(half, mixed))
 
 
 if __name__ == "__main__":
