@@ -20,7 +20,7 @@ ROOMS = {
     "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
     "search budget within collapse shards streaming heatmaps",
     "distillation": "schedules accumulation strategies randomness divergences buckets head fused losses metrics levels "
-    "trained passes quantized teacher beginning adapters pair phases beforehand objectives evaluated cache fill "
+    "trained passes quantized adapters teacher beginning pair phases beforehand objectives evaluated cache fill "
     "recall optim checkpoint module throughput callbacks",
     "data": "preprocess sources author generate module",
     "delivery": "pictures card export figures evaluate report",

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lcprune.distillation import quantized
+from lcprune.distillation.head import LowRank
 from lcprune.distillation.trained import Trained, is_adapter, trains_adapters
 from lcprune.errors import InputError
 from lcprune.merging.architectures import LayerLayout, layout_of
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
 
 NAME = "default"
 """What peft calls the one adapter of a projection."""
+HEAD = "lm_head"
+"""The target that means the output layer, whatever a family calls it."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters on the projections of every decoder layer, for `train: lora`."""
+    """Adapters on the projections of every decoder layer, for `train: lora` and its kin."""
 
     rank: int = 16
     """Rank of every adapter; memory and time of what is trained grow with it."""
@@ -44,7 +47,8 @@ class Lora:
     dropout: float = 0.0
     """Fraction of the adapter's inputs that is dropped in training."""
     targets: list[str] | None = None
-    """Projections with an adapter, such as [q_proj, v_proj]; null = all of attention and MLP."""
+    """Projections with an adapter, such as [q_proj, v_proj]; null = all of attention and MLP. `lm_head` is the output
+    layer, whatever the family calls it; its adapter is trained beside any others."""
     base: Literal["full", "nf4"] = "full"
     """What the frozen projections are held in: `full` = model.dtype, shared with the teacher where that has the same;
     `nf4` = 4 bit (QLoRA), computed in model.dtype, which is also what they are unpacked to while layers merge."""
@@ -59,10 +63,19 @@ class Lora:
             wrong.append(f"dropout={self.dropout} must lie in [0, 1)")
         if self.targets is not None and not self.targets:
             wrong.append("targets=[] must name at least one projection, or be null for all")
+        if self.adapts_head and self.dropout:
+            wrong.append(
+                f"dropout={self.dropout} must be 0 with lm_head among targets, whose loss is taken in one piece"
+            )
         if self.base not in ("full", "nf4"):
             wrong.append(f"base={self.base!r} must be full or nf4")
         if wrong:
             raise InputError(f"model.lora: {'; '.join(wrong)}.")
+
+    @property
+    def adapts_head(self) -> bool:
+        """Whether the output layer gets an adapter."""
+        return HEAD in (self.targets or ())
 
     def projections(self, layout: LayerLayout) -> list[str]:
         """The modules inside a layer that get an adapter; raises InputError for targets that the family lacks."""
@@ -72,16 +85,22 @@ class Lora:
             return known
         chosen = [name for name in known if {name, name.rpartition(".")[2]} & set(self.targets)]
         matched = {name for full in chosen for name in (full, full.rpartition(".")[2])}
-        if missing := [target for target in self.targets if target not in matched]:
+        if missing := [target for target in self.targets if target not in {*matched, HEAD}]:
             raise InputError(
                 f"model.lora.targets: a layer of {layout.model_type} has no projection {', '.join(missing)}; "
                 f"choose among {', '.join(known)}, or leave targets out for all of them."
             )
         return chosen
 
-    def check(self, layout: LayerLayout) -> None:
-        """Raises InputError for a family that cannot have these adapters; known before weights are loaded."""
+    def check(self, config: PretrainedConfig) -> None:
+        """Raises InputError for a model that cannot have these adapters; known before weights are loaded."""
+        layout = layout_of(config)
         self.projections(layout)
+        if self.adapts_head and config.tie_word_embeddings:
+            raise InputError(
+                f"model.lora.targets: the output layer of this {layout.model_type} is its embedding, which an adapter "
+                "on lm_head would pull apart: leave lm_head out."
+            )
         if self.base != "full" and layout.transposed:
             raise InputError(
                 f"model.lora.base={self.base}: {layout.model_type} stores its projections the other way round than "
@@ -129,13 +148,31 @@ def attach(student: PreTrainedModel, lora: Lora) -> None:
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),
         lora_dropout=lora.dropout,
-        target_modules=[f"{layout.layers}.{index}.{name}" for index in range(depth) for name in names],
+        target_modules=[
+            *(f"{layout.layers}.{index}.{name}" for index in range(depth) for name in names),
+            *([_name_of_head(student)] if lora.adapts_head else []),
+        ],
         fan_in_fan_out=layout.transposed,
     )
     inject_adapter_in_model(config, student)
     for name, parameter in student.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()
+
+
+def taken_apart(head: nn.Module) -> tuple[nn.Module, LowRank | None]:
+    """An output layer without its adapter, and the adapter, if it has one; both share the layer's tensors."""
+    factors = dict(head.named_parameters())
+    down, up = (factors.get(f"lora_{factor}.{NAME}.weight") for factor in "AB")
+    if down is None or up is None:
+        return head, None
+    layer = cast("LoraLayer", head)
+    return layer.get_base_layer(), LowRank(down, up, layer.scaling[NAME])
+
+
+def _name_of_head(student: PreTrainedModel) -> str:
+    head = student.get_output_embeddings()
+    return next(name for name, module in student.named_modules() if module is head)
 
 
 @dataclass

@@ -199,7 +199,7 @@ class DistillationModule(Evaluated):
             return
         layout = layout_of(self.teacher_config)
         if self.lora is not None:
-            self.lora.check(layout)
+            self.lora.check(self.teacher_config)
         mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
         model, student = load_pair(self.teacher_name, mine, theirs, device)
         self._prefix_is_original = mine.packed == theirs.packed

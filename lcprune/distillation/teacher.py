@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lcprune import demo
-from lcprune.distillation import quantized
+from lcprune.distillation import adapters, quantized
 from lcprune.distillation.head import Head
 from lcprune.distillation.passes import Call, States, Wanted, calls_without_running, forward
 from lcprune.distillation.quantized import Packed
@@ -63,16 +63,15 @@ def head_of(model: PreTrainedModel) -> Head:
 
     Raises InputError for an output layer that is not a plain linear one.
     """
-    layer = model.get_output_embeddings()
+    layer, adapter = adapters.taken_apart(model.get_output_embeddings())
     if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
         raise InputError(
             f"model_type={model.config.model_type!r} has a {type(layer).__name__} as its output layer, which the "
-            "distillation losses do not compute: leave lm_head out of target_modules and modules_to_save, or merge "
-            "without training (lcprune collapse, with a refit)."
+            "distillation losses do not compute: merge without training (lcprune collapse, with a refit)."
         )
     factor, divisor, cap = (getattr(model.config, name, None) for name in HEAD_FIELDS)
     scale = (1.0 if factor is None else factor) / (1.0 if divisor is None else divisor)
-    return Head(layer.weight, layer.bias, scale=scale, cap=cap)
+    return Head(layer.weight, layer.bias, scale=scale, cap=cap, low_rank=adapter)
 
 
 def load(

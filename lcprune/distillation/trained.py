@@ -4,7 +4,8 @@
     layers         every decoder layer; embeddings, final norm and head stay the teacher's
     merged         only layers that descend from several of the teacher's
     after_merge    every layer from the first merged one on
-    lora           adapters on every decoder layer, and nothing else; lora_merged and lora_after_merge likewise
+    lora           adapters on every decoder layer, and nothing else; lora_merged and lora_after_merge likewise;
+                   an adapter on the output layer, where there is one, in all three
 
 What is trained has storage of its own, in the type that weights are trained in. What is not is the teacher's own
 tensor: it takes no memory, and the layers before the first trained one need not be run a second time.
@@ -57,7 +58,8 @@ def trained_parameters(student: PreTrainedModel, what: Trained, lineage: Lineage
     layers = layout_of(student.config).layers_of(student)
     modules: Iterable[nn.Module] = [student] if what == "all" else [layers[s] for s in trained_layers(what, lineage)]
     named = (pair for module in modules for pair in module.named_parameters())
-    return list(dict.fromkeys(parameter for name, parameter in named if is_adapter(name) == trains_adapters(what)))
+    chosen = [parameter for name, parameter in named if is_adapter(name) == trains_adapters(what)]
+    return list(dict.fromkeys(chosen + (_head_adapter(student) if trains_adapters(what) else [])))
 
 
 def ever_trained(student: PreTrainedModel, whats: Sequence[Trained]) -> list[nn.Parameter]:
@@ -65,7 +67,14 @@ def ever_trained(student: PreTrainedModel, whats: Sequence[Trained]) -> list[nn.
     layers = layout_of(student.config).layers_of(student)
     kinds = {trains_adapters(what) for what in whats}
     named = (student if "all" in whats else layers).named_parameters()
-    return [parameter for name, parameter in named if is_adapter(name) in kinds]
+    chosen = [parameter for name, parameter in named if is_adapter(name) in kinds]
+    return list(dict.fromkeys(chosen + (_head_adapter(student) if True in kinds else [])))
+
+
+def _head_adapter(student: PreTrainedModel) -> list[nn.Parameter]:
+    """Both factors of the output layer's adapter, if it has one: it learns whichever layers do."""
+    head = student.get_output_embeddings()
+    return [parameter for name, parameter in head.named_parameters() if is_adapter(f".{name}")]
 
 
 def own(parameter: nn.Parameter) -> None:

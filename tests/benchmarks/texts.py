@@ -1,6 +1,6 @@
 """The texts of README's figures with training: `python tests/benchmarks/texts.py DATA runs/texts`.
 
-    first_half.txt      what best.yaml is calibrated on: the WikiText-2 validation text before the yardstick's evaluation
+    first_half.txt      what best.yaml is calibrated on: the WikiText-2 validation text before the yardstick evaluates
     mix.jsonl           what the student is distilled on: all paragraphs of DATA/text/wikipedia_paragraphs.jsonl and 350
                         pieces of 2,000 characters from DATA/text/openstax.jsonl, shuffled; the same at every call
     calibration.jsonl   both of them, half and half by characters

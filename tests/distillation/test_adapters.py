@@ -28,7 +28,7 @@ from lcprune.delivery.export import export
 from lcprune.distillation import adapters
 from lcprune.distillation.checkpoint import load_student
 from lcprune.distillation.passes import frozen_prefix
-from lcprune.distillation.teacher import second_view
+from lcprune.distillation.teacher import head_of, second_view
 from lcprune.distillation.trained import is_adapter
 from lcprune.errors import InputError
 from lcprune.merging import surgery
@@ -257,6 +257,7 @@ def test_adapters_that_could_not_be_trained_are_refused(tiny_folder: Path, setti
         ({"alpha": 0, "dropout": 1.0}, r"alpha=0 must be above 0; dropout=1.0 must lie in \[0, 1\)"),
         ({"targets": []}, r"targets=\[\] must name at least one"),
         ({"base": "int4"}, "base='int4' must be full or nf4"),
+        ({"targets": ["lm_head"], "dropout": 0.1}, "dropout=0.1 must be 0 with lm_head among targets"),
     ],
 )
 def test_wrong_numbers_are_named(settings: dict[str, object], said: str):
@@ -277,3 +278,51 @@ def test_without_a_history_lora_trains_every_layer(tiny_folder: Path):
     assert module.lora == Lora()
     assert module.history == MergeHistory(6, teacher=str(tiny_folder))
     assert sum(p.requires_grad for p in module.student.parameters()) == 6 * 7 * 2
+
+
+ON_HEAD = Lora(rank=4, alpha=8, targets=["q_proj", "lm_head"])
+
+
+def untied(folder: Path) -> Path:
+    return builders.save_tiny(folder, builders.tiny_llama(tied=False))
+
+
+def test_adapter_on_the_head_is_trained_through_merges_and_becomes_part_of_it(fit: Fit, tmp_path: Path):
+    teacher = untied(tmp_path / "untied")
+    module = lora_student(teacher, lora=ON_HEAD, train="lora_after_merge")
+    module.configure_model()
+    theirs, ours = module.teacher.model.lm_head.weight.detach().clone(), module.student.lm_head
+    fit(module, merges())
+    assert module.student.lm_head is ours
+    factors = [parameter for name, parameter in ours.named_parameters() if "lora_" in name]
+    assert len(factors) == 2
+    assert all(factor.requires_grad and factor.any() for factor in factors)
+    delta = 2.0 * factors[1] @ factors[0]
+    assert module.teacher.model.lm_head.weight.equal(theirs)
+    adapters.fold(module.student)
+    torch.testing.assert_close(module.student.lm_head.weight, theirs + delta.detach())
+
+
+def test_loss_sees_the_adapter_on_the_head(tmp_path: Path, batch: dict[str, Tensor]):
+    module = lora_student(untied(tmp_path), lora=ON_HEAD)
+    module.configure_model()
+    with torch.no_grad():
+        for name, parameter in module.student.lm_head.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    head, states_BTD = head_of(module.student), module.student.model(batch["input_ids"]).last_hidden_state
+    torch.testing.assert_close(head(states_BTD), module.student.lm_head(states_BTD), rtol=1e-5, atol=1e-5)
+
+
+def test_checkpoint_with_an_adapter_on_the_head_becomes_a_plain_student(fit: Fit, tmp_path: Path):
+    module, trainer = fit(lora_student(untied(tmp_path / "untied"), lora=ON_HEAD), steps=2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    student, _ = load_student(tmp_path / "two.ckpt")
+    adapters.fold(module.student)
+    torch.testing.assert_close(student.lm_head.weight, module.student.lm_head.weight)
+    assert type(student.lm_head) is torch.nn.Linear
+
+
+def test_adapter_on_a_head_that_is_the_embedding_is_refused(tiny_folder: Path):
+    with pytest.raises(InputError, match=r"output layer of this llama is its embedding.*leave lm_head out"):
+        lora_student(tiny_folder, lora=ON_HEAD).configure_model()
