@@ -27,6 +27,14 @@ def quieten() -> None:
         r"Found \d+ module\(s\) in eval mode.*",
     ):
         warnings.filterwarnings("ignore", pattern)
+    warnings.formatwarning = _one_line
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning without the place in the code that gives it."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _no_hints(record: logging.LogRecord) -> bool:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, evaluating, hidden_states, stream_of
 
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 512
 """Tokens that run through a layer together; fewer leave the processor waiting for the weights, more outgrow its caches
 and leave holes in the memory of a process."""
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lcprune import cli
 from lcprune.cli import main
 from lcprune.cli.bars import TrainingBar
+from lcprune.cli.quiet import quieten
 from lcprune.merging.lineage import MergeHistory
 from tests.builders import save_tiny, tiny_llama
 from tests.cli.recipe import recipe, text_file, write
@@ -249,3 +251,10 @@ def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFi
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert all(command in text for command in ("fit", "validate", "test", "predict", "collapse", "score", "export"))
+
+
+def test_warning_is_one_line_without_its_place_in_the_code(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    quieten()
+    shown = warnings.formatwarning("no merge\n is due", UserWarning, "module.py", 3, "rank_zero_warn(")
+    assert shown == "warning: no merge is due\n"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lcprune import AtSteps, DistillationModule, Drop, FixedPlan, Logits, Lora, ProgressiveCollapse, WeightedAverage
 from lcprune.cli import main
 from lcprune.delivery.export import export
+from lcprune.delivery.figures import model_figures
 from lcprune.distillation import adapters, quantized
 from lcprune.distillation.checkpoint import load_student
 from lcprune.distillation.pair import Storage, load_pair
@@ -62,6 +63,12 @@ def test_packed_weights_are_within_half_a_step_and_packing_them_again_changes_no
         assert ((once - weight).abs() <= largest_gap(weight)).all()
         quantized.repack(linear, once)  # type: ignore[arg-type]
         assert quantized.unpacked(linear).weight.equal(once)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("packed", ["int8", "nf4"])
+def test_packed_model_is_counted_by_its_parameters_not_by_its_bytes(folder: Path, packed: quantized.Packed):
+    exact, model = load(str(folder), "float32"), load(str(folder), "float32", packed=packed)
+    assert model_figures(model, folder) == model_figures(exact, folder)
 
 
 @pytest.mark.parametrize("packed", ["int8", "nf4"])
