@@ -86,7 +86,7 @@ def _read(path: Path) -> Tokens | None:
     try:
         with safe_open(path, "pt") as file:
             tokens = Tokens(*(file.get_tensor(name) for name in ("stream", "learned", "lengths")))
-            return tokens if file.metadata()["sha256"] == _checksum(tokens) else None
+            return tokens if (file.metadata() or {}).get("sha256") == _checksum(tokens) else None
     except (SafetensorError, OSError):
         return None
 

@@ -1,6 +1,7 @@
 """Blocks hold whole documents, each once, and say where every one begins."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def documents_in(done: Packed) -> list[list[int]]:
         held = positions != FILLED
         assert bool((ids[~held] == FILLER).all())
         starts = [*(positions == 0).nonzero().flatten().tolist(), int(held.sum())]
-        found += [ids[begin:end].tolist() for begin, end in zip(starts, starts[1:], strict=False)]
+        found += [ids[begin:end].tolist() for begin, end in pairwise(starts)]
     return found
 
 
