@@ -8,6 +8,7 @@ packed as running text; with chat in it, documents are kept apart.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,13 +46,14 @@ class Reading:
     """Decides which documents are for validation, and which a mixture takes."""
 
     def tokens(self, documents: Documents) -> Tokens:
-        """The documents in tokens."""
-
-        def make() -> Tokens:
-            return tokens_of(documents, self.tokenizer, template=self.template, learn=learn)
-
+        """The documents in tokens; those of a large text are kept in the user's cache folder."""
         learn = self.learn or "answers"
+        make = partial(self.once, documents)
         return store.kept(documents, self.tokenizer, template=self.template, learn=learn, make=make)
+
+    def once(self, documents: Documents) -> Tokens:
+        """The documents in tokens, of which nothing is kept."""
+        return tokens_of(documents, self.tokenizer, template=self.template, learn=self.learn or "answers")
 
     def packing_of(self, kinds: Sequence[Kind]) -> Packing:
         """How documents of these kinds are packed.

@@ -23,17 +23,20 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler, TensorDatas
 
 from lcprune.data.chat import Learn
 from lcprune.data.columns import TEXT, Columns, Documents
-from lcprune.data.corpus import Corpus, Reading, Source, corpus_of, filler_of
-from lcprune.data.generate import COLUMN, Generate, text_file
+from lcprune.data.corpus import Corpus, Reading, corpus_of, filler_of
+from lcprune.data.generate import Generate
 from lcprune.data.loader import Batch, BlockSampler, ResumableLoader, Row, generator
 from lcprune.data.mixture import Part
+from lcprune.data.origin import Origin
 from lcprune.data.packing import Blocks, Packed, Packing, batch_of, packed
-from lcprune.data.sources import file_mistake, read_file, read_hub
+from lcprune.data.streaming import Share, StreamLoader
 from lcprune.demo import DEMO, load_tokenizer
 from lcprune.errors import InputError
 
 FRACTION = 0.05
 """Of the text, held out unless the user says otherwise."""
+WINDOW = 10_000
+"""Rows of a stream in memory at a time, unless the user says otherwise."""
 
 
 class TextDataModule(L.LightningDataModule):
@@ -49,6 +52,9 @@ class TextDataModule(L.LightningDataModule):
         split: The data set's split; slices such as train[:1%] work.
         generate: Lets the teacher write the text, once; it is kept in the user's cache folder.
         mixture: Instead of one set several, each a path or a dataset with a weight, its share of the tokens.
+        streaming: Reads path or dataset bit by bit and over and over, for sets larger than the memory; needs
+            trainer.max_steps. What is validated on and planned by comes from the first window.
+        streaming_window: Rows that are in memory and shuffled at a time.
         text_column: The column that holds the text, in data.generate.prompts too.
         messages_column: The column that holds conversations, lists of {role, content}; without it columns are found
             by their usual names (messages; prompt and response), unless there is one of text.
@@ -82,6 +88,8 @@ class TextDataModule(L.LightningDataModule):
         split: str = "train",
         generate: Generate | None = None,
         mixture: list[Part] | None = None,
+        streaming: bool = False,
+        streaming_window: int = WINDOW,
         text_column: str = TEXT,
         messages_column: str | None = None,
         prompt_column: str | None = None,
@@ -99,14 +107,19 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.path = None if path is None else Path(path).expanduser()
-        self.validation_path = None if validation_path is None else Path(validation_path).expanduser()
-        self.dataset = dataset
-        self.dataset_config = dataset_config
-        self.split = split
-        self.generate = generate
-        self.mixture = mixture
-        self.columns = Columns(text_column, messages_column, prompt_column, response_column)
+        self.origin = Origin(
+            teacher=tokenizer,
+            path=None if path is None else Path(path).expanduser(),
+            validation_path=None if validation_path is None else Path(validation_path).expanduser(),
+            dataset=dataset,
+            dataset_config=dataset_config,
+            split=split,
+            generate=generate,
+            mixture=mixture,
+            columns=Columns(text_column, messages_column, prompt_column, response_column),
+            window=streaming_window if streaming else None,
+        )
+        self.streaming_window = streaming_window
         self.chat_template = None if chat_template is None else Path(chat_template).expanduser()
         self.learn = learn
         self.packing = packing
@@ -118,16 +131,13 @@ class TextDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._blocks: dict[str, Blocks] = {}  # "training" and "validation", once set up
-        if mistakes := [*self._source_mistakes(), *self._number_mistakes()]:
+        if mistakes := [*self.origin.mistakes(), *self._mistakes()]:
             raise InputError("; ".join(mistakes) + ".")
 
     def prepare_data(self) -> None:
         """Fetches what comes from the hub, unpacks the demo model, lets the teacher write; once per machine."""
         load_tokenizer(self.tokenizer)
-        if self.dataset is not None or self.mixture is not None:
-            self._sources()
-        if self.generate is not None:
-            text_file(self.generate, teacher=self.tokenizer, column=self.columns.text)
+        self.origin.fetch()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, tokenises and packs; the second call does nothing, and every stage gets the same.
@@ -142,6 +152,7 @@ class TextDataModule(L.LightningDataModule):
             self._blocks["validation"] = {name: rows[: self.validation_blocks] for name, rows in held_out.items()}
         if stage == "fit" and self.trainer is not None:  # before weights are loaded
             self._check_training_blocks()
+            self._check_stream()
 
     def read(self) -> Corpus:
         """The text in tokens, divided into a training and a validation part.
@@ -149,19 +160,7 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             InputError: It cannot be read, or does not fit the settings.
         """
-        reading = Reading(
-            load_tokenizer(self.tokenizer),
-            template=self.chat_template,
-            learn=self.learn,
-            packing=self.packing,
-            block_size=self.block_size,
-            fraction=self.validation_fraction,
-            seed=self.seed,
-        )
-        held_out = None
-        if self.validation_path is not None:
-            held_out = read_file("data.validation_path", self.validation_path, self.columns)
-        return corpus_of(self._sources(), held_out, reading)
+        return corpus_of(self.origin.sources(), self.origin.held_out(), self._reading())
 
     def pack(self, corpus: Corpus) -> dict[str, Packed]:
         """Both parts, `training` and `validation`, in blocks.
@@ -177,9 +176,11 @@ class TextDataModule(L.LightningDataModule):
             rank_zero_info(f"{part}: {done.summary(corpus.long[part])}")
         return both
 
-    def train_dataloader(self) -> DataLoader[Row]:
+    def train_dataloader(self) -> DataLoader[Row] | StreamLoader:
         """Full batches in an order of their own every epoch, as many on every rank; resumable within the epoch."""
         self._check_training_blocks()
+        if self.origin.window is not None:
+            return self._stream_loader()
         return self._loader(ResumableLoader, self._blocks["training"])
 
     def _check_training_blocks(self) -> None:
@@ -190,6 +191,10 @@ class TextDataModule(L.LightningDataModule):
                 f"blocks, but the text gives {blocks} of {self.block_size} tokens: lower data.batch_size or "
                 "data.block_size, or give more text."
             )
+
+    def _check_stream(self) -> None:
+        if self.origin.window is not None and self.trainer is not None and self.trainer.max_steps < 1:
+            raise InputError("data.streaming has no end: set trainer.max_steps, or data.streaming to false.")
 
     def val_dataloader(self) -> DataLoader[Row]:
         """The held-out blocks in order, none twice; several ranks share them evenly and leave a remainder out."""
@@ -220,6 +225,11 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             InputError: Documents are kept apart, which tokens alone do not show.
         """
+        if self.origin.window is not None:
+            raise InputError(
+                "a teacher cache is made of all blocks of a text, and data.streaming reads it bit by bit: set it to "
+                "false, or leave model.teacher_cache out."
+            )
         self.setup()
         blocks = self._blocks["training"]
         if not blocks.keys() <= {"input_ids", "labels"}:
@@ -264,20 +274,33 @@ class TextDataModule(L.LightningDataModule):
             generator=torch.Generator(),  # else every epoch would draw a number from the global one
         )
 
-    def _sources(self) -> list[Source]:
-        if self.mixture is not None:
-            return [Source(part.name, _documents_of(part), part.weight) for part in self.mixture]
-        if self.path is not None:
-            return [Source(str(self.path), read_file("data.path", self.path, self.columns))]
-        if self.dataset is not None:
-            return [Source(self.dataset, read_hub(self.dataset, self.dataset_config, self.split, self.columns))]
-        if self.generate is not None:
-            path = text_file(self.generate, teacher=self.tokenizer, column=self.columns.text)
-            rank_zero_info(f"text written by {self.generate.model or self.tokenizer}: {path}")
-            return [Source("data.generate", read_file("data.generate", path, Columns(COLUMN)))]
-        from pydoc_data.topics import topics
+    def _reading(self) -> Reading:
+        return Reading(
+            load_tokenizer(self.tokenizer),
+            template=self.chat_template,
+            learn=self.learn,
+            packing=self.packing,
+            block_size=self.block_size,
+            fraction=self.validation_fraction,
+            seed=self.seed,
+        )
 
-        return [Source("the built-in text", Documents("text", [topics[name] for name in sorted(topics)]))]
+    def _stream_loader(self) -> StreamLoader:
+        trainer = self.trainer
+        assert trainer is not None, "a stream is as long as its trainer says"
+        reading, filler, first = self._reading(), filler_of(load_tokenizer(self.tokenizer)), self._blocks["training"]
+
+        def blocks_of(row: int, documents: Documents) -> Blocks:
+            if row == 0:  # without what is validated on
+                return first
+            packing = reading.packing_of([documents.kind])
+            tokens = reading.fitted(reading.once(documents), documents.kind, packing)
+            return packed(tokens, self.block_size, packing, filler).blocks
+
+        share = Share(self.batch_size, *self._world, self.seed)
+        return StreamLoader(
+            self.origin.windows(), blocks_of, share, trainer.max_steps * trainer.accumulate_grad_batches
+        )
 
     def _check_part(self, part: str, done: Packed, tokens: int, corpus: Corpus) -> None:
         if len(done) and done.learned:
@@ -293,57 +316,16 @@ class TextDataModule(L.LightningDataModule):
             f"data.block_size={self.block_size}: lower data.block_size{more} or give more text."
         )
 
-    def _source_mistakes(self) -> Iterator[str]:
+    def _mistakes(self) -> Iterator[str]:
         if not self.tokenizer:
             yield "data.tokenizer is empty: name a local folder, a hub model or demo:smollm2"
-        sources = {
-            f"data.path={self.path}": self.path,
-            f"data.dataset={self.dataset!r}": self.dataset,
-            "data.generate": self.generate,
-            "data.mixture": self.mixture,
-        }
-        if len(given := [name for name, value in sources.items() if value is not None]) > 1:
-            yield f"{' and '.join(given)} are {'both' if len(given) == 2 else 'all'} set: keep one of them"
-        if self.dataset is None and (self.dataset_config is not None or self.split != "train"):
-            yield "data.dataset_config and data.split belong to data.dataset, which is not set: set it or drop them"
-        if self.validation_path is not None and self.validation_fraction != FRACTION:
-            yield f"data.validation_fraction={self.validation_fraction} does nothing beside validation_path: drop it"
-        if self.mixture is not None and len(self.mixture) < 2:
-            yield "data.mixture has fewer than two parts: name two or more, or the one with data.path or data.dataset"
-        yield from self._column_mistakes()
-        files = {
-            "data.path": self.path,
-            "data.validation_path": self.validation_path,
-            "data.generate.prompts": None if self.generate is None else self.generate.prompts,
-        }
-        parts = [("data.mixture: path", part.path) for part in self.mixture or ()]
-        for field, path in [*files.items(), *parts]:
-            if path is not None and (mistake := file_mistake(path)):
-                yield f"{field}={path} {mistake}"
-
-    def _column_mistakes(self) -> Iterator[str]:
-        yield from self.columns.mistakes()
-        columns = self.columns
-        files_with_columns = [path for path in (self.path, self.validation_path) if path and path.suffix != ".txt"]
-        with_columns = self.dataset is not None or self.generate is not None or files_with_columns
-        named = {
-            "text_column": None if columns.text == TEXT else columns.text,
-            "messages_column": columns.messages,
-            "prompt_column": columns.prompt,
-            "response_column": columns.response,
-        }
-        for field, name in named.items():
-            if name is not None and self.mixture is not None and not files_with_columns:
-                yield f"data.{field}={name!r} belongs into the parts of data.mixture: name it there"
-            elif name is not None and not with_columns:
-                yield f"data.{field}={name!r} does nothing for text without columns: drop it"
-            elif name is not None and self.generate is not None and field != "text_column":
-                yield f"data.{field}={name!r} does nothing for text that the teacher writes: drop it"
         if self.chat_template is not None and not self.chat_template.is_file():
             yield f"data.chat_template={self.chat_template} is not a file: name one with a Jinja template"
-
-    def _number_mistakes(self) -> Iterator[str]:
-        least = {"block_size": 2, "batch_size": 1, "calibration_blocks": 1, "num_workers": 0}
+        if self.origin.validation_path is not None and self.validation_fraction != FRACTION:
+            yield f"data.validation_fraction={self.validation_fraction} does nothing beside validation_path: drop it"
+        if self.origin.window is None and self.streaming_window != WINDOW:
+            yield f"data.streaming_window={self.streaming_window} does nothing without data.streaming: drop it"
+        least = {"block_size": 2, "batch_size": 1, "calibration_blocks": 1, "num_workers": 0, "streaming_window": 1}
         for field, minimum in least.items():
             if getattr(self, field) < minimum:
                 yield f"data.{field}={getattr(self, field)} must be {minimum} or more"
@@ -351,10 +333,3 @@ class TextDataModule(L.LightningDataModule):
             yield f"data.validation_blocks={self.validation_blocks} must be 1 or more, or null for all"
         if not 0 < self.validation_fraction < 1:
             yield f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, both excluded"
-
-
-def _documents_of(part: Part) -> Documents:
-    if part.path is not None:
-        return read_file("data.mixture", part.path, part.columns)
-    assert part.dataset is not None
-    return read_hub(part.dataset, part.dataset_config, part.split, part.columns)

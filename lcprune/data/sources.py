@@ -1,6 +1,6 @@
 """Where documents come from: local files and data sets on the Hugging Face hub, with every mistake explained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -70,6 +70,30 @@ def read_hub(name: str, config: str | None, split: str, columns: Columns) -> Doc
     with _explained(source, "check these three and the network, or name a local file with data.path"):
         data = load_dataset(name, config, split=split)
     return documents_of({column: data[column] for column in data.column_names}, columns, source)
+
+
+def stream_file(path: Path) -> Callable[[int], Iterator[dict[str, object]]]:
+    """Opens a .jsonl, .csv or .parquet file at a row, without reading it whole."""
+    return _stream(f"data.path={path}", _BUILDERS[path.suffix.lower()], None, "train", escape(str(path)))
+
+
+def stream_hub(name: str, config: str | None, split: str) -> Callable[[int], Iterator[dict[str, object]]]:
+    """Opens a data set on the hub at a row, without fetching it whole."""
+    source = f"data.dataset={name!r} (data.dataset_config={config!r}, data.split={split!r})"
+    return _stream(source, name, config, split, None)
+
+
+def _stream(
+    source: str, name: str, config: str | None, split: str, files: str | None
+) -> Callable[[int], Iterator[dict[str, object]]]:
+    def rows_from(row: int) -> Iterator[dict[str, object]]:
+        from datasets import load_dataset
+
+        with _explained(source, "check that it really is what it is called, and the network if it is on the hub"):
+            data = load_dataset(name, config, data_files=files, split=split, streaming=True)
+            yield from data.skip(row) if row else data
+
+    return rows_from
 
 
 @contextmanager

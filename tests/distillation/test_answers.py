@@ -125,3 +125,12 @@ def test_predictions_of_documents_kept_apart_are_refused(tiny_folder: Path, chat
     data.setup()
     with pytest.raises(InputError, match="predict goes on"):
         data.predict_dataloader()
+
+
+def test_family_that_would_mix_documents_is_refused_before_its_weights_are_loaded(
+    chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    teacher = builders.save_tiny(tmp_path / "bloom", builders.tiny_llama(2, model_type="bloom"))
+    monkeypatch.setattr(DistillationModule, "configure_model", lambda self: pytest.fail("weights are loaded"))
+    with pytest.raises(InputError, match=r"data\.packing=separate.*bloom"):
+        runs.trainer_for(tmp_path).fit(runs.student_of(teacher), datamodule=data_for(teacher, chat))
