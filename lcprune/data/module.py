@@ -220,10 +220,13 @@ class TextDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     def training_blocks(self) -> Tensor:
-        """Every training block [N, T] in the text's order, int32; works without a trainer and before `setup`.
+        """Every training block in the text's order, int32; works without a trainer and before `setup`.
+
+        Returns:
+            Tokens [N, T]; where documents share a block, with their positions, [N, 2, T].
 
         Raises:
-            InputError: Documents are kept apart, which tokens alone do not show.
+            InputError: Rows are padded, or the text is read bit by bit.
         """
         if self.origin.window is not None:
             raise InputError(
@@ -232,12 +235,14 @@ class TextDataModule(L.LightningDataModule):
             )
         self.setup()
         blocks = self._blocks["training"]
-        if not blocks.keys() <= {"input_ids", "labels"}:
+        if "attention_mask" in blocks:
             raise InputError(
-                "a teacher cache is found by the tokens of a block, and with data.packing=separate or pad they are not "
-                "all: set data.packing to concatenate, or leave model.teacher_cache out."
+                "a teacher cache is made of full blocks, and data.packing=pad pads them: set data.packing to separate "
+                "or concatenate, or leave model.teacher_cache out."
             )
-        return blocks["input_ids"]
+        if "position_ids" not in blocks:
+            return blocks["input_ids"]
+        return torch.stack([blocks["input_ids"], blocks["position_ids"].clamp(min=0)], dim=1)
 
     def calibration_batches(self) -> list[Batch]:
         """At most `calibration_blocks` training blocks, drawn by the seed, in the text's order; the same on every rank.

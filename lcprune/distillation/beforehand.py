@@ -44,10 +44,10 @@ def try_out(make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallab
 
 @runtime_checkable
 class CalibrationSource(Protocol):
-    """A data module that can show some of its batches."""
+    """A data module that can hand out text to plan merges by."""
 
     def calibration_batches(self) -> Sequence[Batch]:
-        """Batches of training text."""
+        """Batches of training text, the same at every call."""
 
 
 def check_documents(config: PretrainedConfig, source: object) -> None:

@@ -9,10 +9,11 @@ import torch
 
 from lcprune import Boundary, DistillationModule, Labels, Local, Logits, TextDataModule
 from lcprune.distillation import objectives
+from lcprune.distillation.cache import keys_of, rows_of
 from lcprune.distillation.metrics import HeldOut
 from lcprune.errors import InputError
 from tests import builders
-from tests.distillation import runs
+from tests.distillation import caches, runs
 
 LEVELS = [Logits(), Labels(0.5), Boundary(0.5, layers="all"), Local(0.5)]
 
@@ -114,10 +115,33 @@ def test_prefix_is_handed_over_with_the_documents_apart(trained: DistillationMod
     torch.testing.assert_close(first, second)
 
 
-def test_teacher_cache_of_documents_kept_apart_is_refused(tiny_folder: Path, chat: Path):
-    with pytest.raises(InputError, match=r"teacher cache.*data\.packing to concatenate"):
-        data_for(tiny_folder, chat).training_blocks()
-    assert data_for(tiny_folder, chat, packing="concatenate").training_blocks().shape[1] == 96
+def test_teacher_cache_of_packed_documents_is_the_run_with_the_teacher(tiny_folder: Path, chat: Path, tmp_path: Path):
+    rows = data_for(tiny_folder, chat).training_blocks()
+    assert rows.shape[1:] == (2, 96)
+    folder = caches.fill(tmp_path / "cache", tiny_folder, rows, top_k=builders.VOCABULARY, dtype="bfloat16")
+    losses = []
+    for cache in (None, folder):
+        seen = runs.Losses()
+        settings = {"teacher_dtype": "bfloat16", "objective": [Logits(), Labels(0.3)], "teacher_cache": cache}
+        trainer = runs.trainer_for(tmp_path, seen, runs.two_merges(), max_steps=9)
+        trainer.fit(runs.student_of(tiny_folder, **settings), datamodule=data_for(tiny_folder, chat))
+        losses.append(seen.seen)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_teacher_cache_tells_apart_the_same_tokens_in_other_documents():
+    ids = torch.arange(6)[None]
+    one, other = (
+        rows_of({"input_ids": ids, "position_ids": torch.tensor([positions])})
+        for positions in ([0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 2, 3])
+    )
+    assert keys_of(one) != keys_of(other)
+    assert keys_of(one) != keys_of(rows_of({"input_ids": ids}))
+
+
+def test_teacher_cache_of_padded_documents_is_refused(tiny_folder: Path, chat: Path):
+    with pytest.raises(InputError, match=r"data\.packing=pad pads them"):
+        data_for(tiny_folder, chat, packing="pad").training_blocks()
 
 
 def test_predictions_of_documents_kept_apart_are_refused(tiny_folder: Path, chat: Path):
