@@ -29,6 +29,9 @@ Learn: TypeAlias = Literal["answers", "all"]
 Piece: TypeAlias = tuple[str, bool]
 """Text, and whether it is learned."""
 
+DAY = "26 Jul 2024"
+"""What Llama 3's templates take for today, their own default: a run that is resumed tomorrow reads the same text."""
+
 _WORD = "Zq7answer7qZ"  # no blanks, which templates strip, and no markup
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -74,7 +77,11 @@ class ChatTemplate:
 
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self._source, tokenize=False, add_generation_prompt=ask
+                list(messages),
+                chat_template=self._source,
+                tokenize=False,
+                add_generation_prompt=ask,
+                date_string=DAY,
             )
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
@@ -92,7 +99,11 @@ class ChatTemplate:
             InputError: It marks something else than the last answer, or nothing.
         """
         encoded = self.tokenizer.apply_chat_template(
-            list(messages), chat_template=self._source, return_dict=True, return_assistant_tokens_mask=True
+            list(messages),
+            chat_template=self._source,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            date_string=DAY,
         )
         assert isinstance(encoded, Mapping)
         ids, learned = list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]

@@ -73,7 +73,9 @@ class Documents:
     found: bool = False
     """Whether the columns were found by their usual names and not named."""
     left_out: int = 0
-    """Rows without text, or without anything to learn."""
+    """Rows without an answer."""
+    beside: tuple[str, ...] = ()
+    """Columns that usually hold conversations, where text was read instead."""
 
 
 def documents_of(rows: Rows, columns: Columns, source: str) -> Documents:
@@ -99,7 +101,8 @@ def documents_of(rows: Rows, columns: Columns, source: str) -> Documents:
     values = [rows[name] for name in names]
     if kind == "text":
         texts = texts_of(values[0], names[0], source)
-        return Documents(kind, texts, columns=names, found=found)
+        usual = [name for name in (*CHATS, *(name for pair in PAIRS for name in pair)) if name in rows]
+        return Documents(kind, texts, columns=names, found=found, beside=tuple(usual) if columns == Columns() else ())
     if kind == "pair":
         whole = [_pair(number, pair, names, source) for number, pair in enumerate(zip(*values, strict=True))]
     else:

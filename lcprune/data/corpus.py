@@ -128,7 +128,8 @@ def corpus_of(sources: Sequence[Source], held_out: Documents | None, reading: Re
     else:
         training, validation, held_kinds = whole, [_read(Source("validation", held_out), reading)], [held_out.kind]
     if len(sources) > 1:
-        training = _mixed(training, sources, reading.seed)
+        training = _mixed(training, sources, reading.seed, "training")
+        validation = _mixed(validation, sources, reading.seed, "validation") if held_out is None else validation
 
     def ready(sets: Sequence[Tokens], of_kinds: Sequence[Kind]) -> Tokens:
         return Tokens.joined(
@@ -152,6 +153,12 @@ def say_columns(source: Source) -> None:
         what = {"chat": "conversations", "pair": "prompts and responses", "text": "text"}[documents.kind]
         fields = {"chat": "data.messages_column", "pair": "data.prompt_column and data.response_column"}
         rank_zero_info(f"{source.name}: {names} read as {what}; name others with {fields[documents.kind]}")
+    if documents.beside:
+        names = " and ".join(map(repr, documents.beside))
+        rank_zero_info(
+            f"{source.name}: {documents.columns[0]!r} read as plain text; for {names} instead set data.messages_column, "
+            "or data.prompt_column and data.response_column"
+        )
     if documents.left_out:
         rank_zero_info(f"{source.name}: {documents.left_out} rows without an answer left out")
 
@@ -173,13 +180,13 @@ def _divided(tokens: Tokens, source: Source, reading: Reading) -> tuple[Tokens, 
     return divided(tokens, fraction=reading.fraction, block_size=reading.block_size, seed=reading.seed)
 
 
-def _mixed(sets: Sequence[Tokens], sources: Sequence[Source], seed: int) -> list[Tokens]:
+def _mixed(sets: Sequence[Tokens], sources: Sequence[Source], seed: int, part: str) -> list[Tokens]:
     chosen = shares([tokens.lengths for tokens in sets], [source.weight for source in sources], seed)
     mixed = [tokens.chosen(keep) for tokens, keep in zip(sets, chosen, strict=True)]
     total = sum(len(tokens.stream) for tokens in mixed)
     for source, before, after in zip(sources, sets, mixed, strict=True):
         rank_zero_info(
-            f"mixture: {len(after.stream):,} of {len(before.stream):,} training tokens of {source.name}, "
+            f"mixture: {len(after.stream):,} of {len(before.stream):,} {part} tokens of {source.name}, "
             f"{len(after.stream) / total:.0%} of the whole"
         )
     return mixed

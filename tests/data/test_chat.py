@@ -124,6 +124,15 @@ def test_template_with_a_generation_block_says_itself_what_is_learned():
     assert learned(tokenizer, found) == [[f"{answer}<eos>" for answer in ANSWERS]]
 
 
+def test_template_that_writes_the_date_writes_the_same_every_day(tmp_path: Path):
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ date_string or strftime_now('%d %b %Y') }}{% for m in messages %};{{ m.content }};{% endfor %}"
+    )
+    (ids, _), *_ = tokens(chats.characters(), template, CHAT[:2]).documents()
+    assert chats.characters().decode(ids).startswith("26 Jul 2024;")
+
+
 def test_tokenizer_without_a_template_is_told_both_ways_out():
     with pytest.raises(InputError, match=r"no chat template.*data\.chat_template.*column of prompts"):
         tokens(chats.characters(), None, CHAT)

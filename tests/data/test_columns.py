@@ -27,6 +27,12 @@ def test_columns_that_are_named_count_before_text_and_text_before_what_is_found(
     assert documents.found == (columns == Columns() and kind != "text")
 
 
+def test_conversations_that_text_was_read_instead_of_are_told():
+    rows = {"text": ["t"], "messages": [CHAT], "id": [1]}
+    assert documents_of(rows, Columns(), "here").beside == ("messages",)
+    assert documents_of({"text": ["t"], "id": [1]}, Columns(), "here").beside == ()
+
+
 def test_pair_is_a_conversation_of_a_question_and_an_answer():
     (conversation,) = documents_of(PAIR, Columns(), "here").conversations
     assert list(conversation) == [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]

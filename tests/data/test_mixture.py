@@ -57,13 +57,14 @@ def parts(tmp_path: Path) -> list[Part]:
 
 
 def test_mixture_of_chat_and_text_learns_the_answers_of_one_and_all_of_the_other(parts: list[Part], tiny_folder: Path):
-    module = TextDataModule(tokenizer=str(tiny_folder), mixture=parts, block_size=64, validation_blocks=2)
+    module = TextDataModule(tokenizer=str(tiny_folder), mixture=parts, block_size=64, validation_fraction=0.2)
     corpus = module.read()
     assert corpus.packing == "separate"
     shown = {bool(learned.all()) for _, learned in corpus.training.documents()}
     assert shown == {True, False}
-    text = sum(len(ids) for ids, learned in corpus.training.documents() if bool(learned.all()))
-    assert text / len(corpus.training.stream) == pytest.approx(1 / 3, abs=0.01)
+    for part, tolerance in ((corpus.training, 0.01), (corpus.validation, 0.1)):
+        text = sum(len(ids) for ids, learned in part.documents() if bool(learned.all()))
+        assert text / len(part.stream) == pytest.approx(1 / 3, abs=tolerance)
 
 
 def test_mixture_beside_another_source_or_of_one_part_is_refused(parts: list[Part], tiny_folder: Path):
