@@ -156,8 +156,8 @@ def say_columns(source: Source) -> None:
     if documents.beside:
         names = " and ".join(map(repr, documents.beside))
         rank_zero_info(
-            f"{source.name}: {documents.columns[0]!r} read as plain text; for {names} instead set data.messages_column, "
-            "or data.prompt_column and data.response_column"
+            f"{source.name}: {documents.columns[0]!r} read as plain text; for {names} instead set "
+            "data.messages_column, or data.prompt_column and data.response_column"
         )
     if documents.left_out:
         rank_zero_info(f"{source.name}: {documents.left_out} rows without an answer left out")
