@@ -22,7 +22,7 @@ ROOMS = {
     "distillation": "schedules accumulation strategies randomness divergences buckets head fused losses metrics levels "
     "trained passes quantized adapters teacher beginning pair phases beforehand objectives evaluated cache fill "
     "recall optim checkpoint module throughput callbacks",
-    "data": "preprocess sources author generate module",
+    "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate origin module",
     "delivery": "pictures card export figures evaluate report",
 }
 ROOMS_BELOW = {"merging": (), "data": (), "distillation": ("merging",), "delivery": ("merging",)}

@@ -25,6 +25,7 @@ with training (Lightning's own commands):
 without training:
   collapse   plan, merge, export; --plan-only prints the plan, --plan FILE executes an edited one
   score      every criterion over every layer
+  data       which tokens of the recipe's text are learned, in colour, and how many
   cache      what the teacher says about the training text, stored once; fit then looks it up
   export     a checkpoint becomes a Hugging Face folder
 
@@ -95,6 +96,8 @@ def _run(command: str, arguments: list[str]) -> int:
         from lcprune.cli.merging import run
     elif command == "score":
         from lcprune.cli.scoring import run
+    elif command == "data":
+        from lcprune.cli.previewing import run
     elif command == "cache":
         from lcprune.cli.caching import run
     elif command == "export":
@@ -102,7 +105,7 @@ def _run(command: str, arguments: list[str]) -> int:
     else:
         from difflib import get_close_matches
 
-        known = (*TRAINING, "collapse", "score", "cache", "export")
+        known = (*TRAINING, "collapse", "score", "data", "cache", "export")
         near = get_close_matches(command, known, 1)
         raise InputError(
             f"{command!r} is not a command{f', did you mean {near[0]}?' if near else ';'} "

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from lcprune.data.author import Author
-from lcprune.data.sources import read_file
+from lcprune.data.sources import read_texts
 from lcprune.errors import DiskError, InputError
 from lcprune.files import cache_folder
 from lcprune.identity import content_of
@@ -186,7 +186,7 @@ def _prompts(settings: Generate, column: str) -> list[str]:
     """Those that open a text: as many as there are texts, at most."""
     if settings.prompts is None:
         return []
-    rows = read_file("data.generate.prompts", settings.prompts, column)
+    rows = read_texts("data.generate.prompts", settings.prompts, column)
     if settings.prompts.suffix.lower() == ".txt":
         rows = [line for line in rows[0].splitlines() if line.strip()]
     return rows[: settings.documents]

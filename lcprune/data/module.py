@@ -1,131 +1,46 @@
-"""The data of a run: a HF data set, a file, the teacher's own or the built-in text, packed into blocks and batched.
+"""The data of a run: HF data sets, files, the teacher's own or the built-in text, packed into blocks and batched.
 
-    documents -> split -> tokens -> blocks [N, T] -> training loader | validation loader | calibration batches
+    documents -> tokens -> training | validation -> blocks [N, T] -> training loader | validation loader | calibration
 
-A batch is `{"input_ids": [B, T], "labels": [B, T]}`, int64, with HF's convention: the labels equal the inputs and the
-model shifts them. Blocks are full, so there is no attention mask.
+A batch is `{"input_ids": [B, T], "labels": [B, T]}`, int64, with HF's convention: the labels equal the inputs, or are
+-100 where nothing is learned, and the model shifts them. Where documents are kept apart (packing.py) there are
+`position_ids` or an `attention_mask` beside them.
 
 The training order is a pure function of seed and epoch, and the loader's position is part of the checkpoint, so a run
 that was killed in the middle of an epoch sees exactly the batches that were left. Every rank tokenises for itself and
 arrives at the same blocks.
 """
 
-import zlib
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Sampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, Sampler, SequentialSampler, TensorDataset
 
-from lcprune.data.generate import COLUMN, Generate, text_file
-from lcprune.data.preprocess import pack, split, tokenize
-from lcprune.data.sources import file_mistake, read_file, read_hub
+from lcprune.data.chat import Learn
+from lcprune.data.columns import TEXT, Columns, Documents
+from lcprune.data.corpus import Corpus, Reading, corpus_of, filler_of
+from lcprune.data.generate import Generate
+from lcprune.data.loader import Batch, BlockSampler, ResumableLoader, Row, generator
+from lcprune.data.mixture import Part
+from lcprune.data.origin import Origin
+from lcprune.data.packing import Blocks, Packed, Packing, batch_of, packed
+from lcprune.data.streaming import Share, StreamLoader
 from lcprune.demo import DEMO, load_tokenizer
 from lcprune.errors import InputError
 
-Batch = dict[str, Tensor]
-"""`input_ids` and `labels`, both int64 [B, T]."""
-
 FRACTION = 0.05
 """Of the text, held out unless the user says otherwise."""
-
-_Rows = tuple[Tensor, ...]
-
-
-class BlockSampler(DistributedSampler[int]):
-    """Which blocks this rank sees, in which order: a pure function of seed and epoch.
-
-    Every rank gets the same number of blocks and none is repeated: what does not divide evenly is left out. Being a
-    DistributedSampler, Lightning leaves it in place and tells it the epoch.
-    """
-
-    start = 0
-    """How many of this rank's blocks to skip; the length stays that of the whole epoch."""
-
-    def __iter__(self) -> Iterator[int]:
-        blocks = len(self.dataset)  # type: ignore[arg-type]
-        order = list(range(blocks))
-        if self.shuffle:
-            order = torch.randperm(blocks, generator=_generator(self.seed, self.epoch)).tolist()
-        return iter(order[self.rank : self.total_size : self.num_replicas][self.start :])
-
-
-class ResumableLoader(DataLoader[_Rows]):
-    """A DataLoader over a `BlockSampler` whose position within the epoch Lightning saves and restores.
-
-    Lightning knows the number of batches and therefore fetches none ahead, and what workers fetch ahead has not been
-    handed out: so the batches handed out are the batches trained on.
-    """
-
-    _position = (0, 0)  # epoch, and how many of its batches have been handed out
-    _resumed: tuple[int, int] | None = None  # a checkpoint's position, until the next iteration begins
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # A generator on purpose: Lightning calls iter() before it tells the sampler the epoch, and workers would
-        # begin to fetch at once.
-        sampler = self._sampler
-        epoch, start = self._resumed or (sampler.epoch, 0)
-        if epoch != sampler.epoch:  # limit_train_batches ended that epoch early, and Lightning goes on to the next
-            start = 0
-        self._position, self._resumed = (sampler.epoch, start), None
-        sampler.start = start * self._rows
-        for handed_out, batch in enumerate(super().__iter__(), start + 1):
-            self._position = (self._position[0], handed_out)
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The position, and what must be the same for it to mean the same; plain values, equal on every rank."""
-        epoch, batch = self._resumed or self._position
-        return {"epoch": epoch, "batch": batch, **self._same}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continues from a saved position at the next iteration.
-
-        Raises:
-            InputError: The position is in the middle of an epoch over other batches than these.
-        """
-        epoch, batch = state_dict["epoch"], state_dict["batch"]
-        if batch == state_dict["batches"]:
-            epoch, batch = epoch + 1, 0
-        changes = [
-            f"{name} was {state_dict[name]}, is {now}" for name, now in self._same.items() if now != state_dict[name]
-        ]
-        if batch and changes:
-            raise InputError(
-                f"the checkpoint stopped in the middle of an epoch over other batches ({', '.join(changes)}): resume "
-                "with the same data settings, text and number of devices, or start a new run."
-            )
-        self._resumed = (epoch, batch)
-        self._sampler.set_epoch(epoch)
-
-    @cached_property
-    def _same(self) -> dict[str, int]:
-        assert isinstance(self.dataset, TensorDataset)
-        return {
-            "batches": len(self),
-            "batch_size": self._rows,
-            "devices": self._sampler.num_replicas,
-            "seed": self._sampler.seed,
-            "text_crc32": zlib.crc32(self.dataset.tensors[0].numpy().data),
-        }
-
-    @property
-    def _sampler(self) -> BlockSampler:
-        assert isinstance(self.sampler, BlockSampler)
-        return self.sampler
-
-    @property
-    def _rows(self) -> int:
-        assert self.batch_size is not None
-        return self.batch_size
+WINDOW = 10_000
+"""Rows of a stream in memory at a time, unless the user says otherwise."""
 
 
 class TextDataModule(L.LightningDataModule):
-    """Text from a local file, a HF data set, the teacher or Python's own language reference, packed into blocks.
+    """Text or chat from a local file, a HF data set, the teacher or Python's own language reference, in blocks.
 
     Args:
         tokenizer: Model whose tokenizer is used: a local folder, a hub name or demo:smollm2.
@@ -136,7 +51,19 @@ class TextDataModule(L.LightningDataModule):
         dataset_config: The data set's configuration, where it has several.
         split: The data set's split; slices such as train[:1%] work.
         generate: Lets the teacher write the text, once; it is kept in the user's cache folder.
+        mixture: Instead of one set several, each a path or a dataset with a weight, its share of the tokens.
+        streaming: Reads path or dataset bit by bit and over and over, for sets larger than the memory; needs
+            trainer.max_steps. What is validated on and planned by comes from the first window.
+        streaming_window: Rows that are in memory and shuffled at a time.
         text_column: The column that holds the text, in data.generate.prompts too.
+        messages_column: The column that holds conversations, lists of {role, content}; without it columns are found
+            by their usual names (messages; prompt and response), unless there is one of text.
+        prompt_column: The column that holds prompts; with response_column.
+        response_column: The column that holds what is to be said to them.
+        chat_template: A Jinja file to write conversations with, instead of the tokenizer's own template.
+        learn: Of conversations the `answers` (if null) or `all`; plain text is learned whole.
+        packing: `concatenate`: the running text, cut where a block is full (plain text, if null). `separate`: whole
+            documents share a block and none sees another (chat, if null). `pad`: one document to a row.
         block_size: Tokens in a block; memory and time of a training step grow with it.
         batch_size: Blocks in a batch, on each device.
         validation_fraction: Fraction of the tokens held out for validation, as whole documents and at least one block;
@@ -160,7 +87,16 @@ class TextDataModule(L.LightningDataModule):
         dataset_config: str | None = None,
         split: str = "train",
         generate: Generate | None = None,
-        text_column: str = "text",
+        mixture: list[Part] | None = None,
+        streaming: bool = False,
+        streaming_window: int = WINDOW,
+        text_column: str = TEXT,
+        messages_column: str | None = None,
+        prompt_column: str | None = None,
+        response_column: str | None = None,
+        chat_template: Path | None = None,
+        learn: Learn | None = None,
+        packing: Packing | None = None,
         block_size: int = 512,
         batch_size: int = 4,
         validation_fraction: float = FRACTION,
@@ -171,13 +107,22 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.path = None if path is None else Path(path).expanduser()
-        self.validation_path = None if validation_path is None else Path(validation_path).expanduser()
-        self.dataset = dataset
-        self.dataset_config = dataset_config
-        self.split = split
-        self.generate = generate
-        self.text_column = text_column
+        self.origin = Origin(
+            teacher=tokenizer,
+            path=None if path is None else Path(path).expanduser(),
+            validation_path=None if validation_path is None else Path(validation_path).expanduser(),
+            dataset=dataset,
+            dataset_config=dataset_config,
+            split=split,
+            generate=generate,
+            mixture=mixture,
+            columns=Columns(text_column, messages_column, prompt_column, response_column),
+            window=streaming_window if streaming else None,
+        )
+        self.streaming_window = streaming_window
+        self.chat_template = None if chat_template is None else Path(chat_template).expanduser()
+        self.learn = learn
+        self.packing = packing
         self.block_size = block_size
         self.batch_size = batch_size
         self.validation_fraction = validation_fraction
@@ -185,17 +130,14 @@ class TextDataModule(L.LightningDataModule):
         self.calibration_blocks = calibration_blocks
         self.num_workers = num_workers
         self.seed = seed
-        self._blocks: dict[str, Tensor] = {}  # "training" and "validation", each int32 [N, T], once set up
-        if mistakes := [*self._source_mistakes(), *self._number_mistakes()]:
+        self._blocks: dict[str, Blocks] = {}  # "training" and "validation", once set up
+        if mistakes := [*self.origin.mistakes(), *self._mistakes()]:
             raise InputError("; ".join(mistakes) + ".")
 
     def prepare_data(self) -> None:
         """Fetches what comes from the hub, unpacks the demo model, lets the teacher write; once per machine."""
         load_tokenizer(self.tokenizer)
-        if self.dataset is not None:
-            self._documents()
-        if self.generate is not None:
-            text_file(self.generate, teacher=self.tokenizer, column=self.text_column)
+        self.origin.fetch()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, tokenises and packs; the second call does nothing, and every stage gets the same.
@@ -204,50 +146,103 @@ class TextDataModule(L.LightningDataModule):
             InputError: The text cannot be read, or is shorter than one block.
         """
         if not self._blocks:
-            training, validation = self._streams()
-            self._blocks = {
-                "training": self._pack("training", training),
-                "validation": self._pack("validation", validation)[: self.validation_blocks],
-            }
+            both = self.pack(self.read())
+            self._blocks = {part: done.blocks for part, done in both.items()}
+            held_out = self._blocks["validation"]
+            self._blocks["validation"] = {name: rows[: self.validation_blocks] for name, rows in held_out.items()}
         if stage == "fit" and self.trainer is not None:  # before weights are loaded
             self._check_training_blocks()
+            self._check_stream()
 
-    def train_dataloader(self) -> DataLoader[_Rows]:
+    def read(self) -> Corpus:
+        """The text in tokens, divided into a training and a validation part.
+
+        Raises:
+            InputError: It cannot be read, or does not fit the settings.
+        """
+        return corpus_of(self.origin.sources(), self.origin.held_out(), self._reading())
+
+    def pack(self, corpus: Corpus) -> dict[str, Packed]:
+        """Both parts, `training` and `validation`, in blocks.
+
+        Raises:
+            InputError: A part is shorter than one block, or nothing of it is learned.
+        """
+        filler = filler_of(load_tokenizer(self.tokenizer))
+        parts = {"training": corpus.training, "validation": corpus.validation}
+        both = {part: packed(tokens, self.block_size, corpus.packing, filler) for part, tokens in parts.items()}
+        for part, done in both.items():
+            self._check_part(part, done, len(parts[part].stream), corpus)
+            rank_zero_info(f"{part}: {done.summary(corpus.long[part])}")
+        return both
+
+    def train_dataloader(self) -> DataLoader[Row] | StreamLoader:
         """Full batches in an order of their own every epoch, as many on every rank; resumable within the epoch."""
         self._check_training_blocks()
+        if self.origin.window is not None:
+            return self._stream_loader()
         return self._loader(ResumableLoader, self._blocks["training"])
 
     def _check_training_blocks(self) -> None:
-        blocks, devices = self._blocks["training"], self._world[0]
-        if len(blocks) < self.batch_size * devices:
+        blocks, devices = len(self._blocks["training"]["input_ids"]), self._world[0]
+        if blocks < self.batch_size * devices:
             raise InputError(
                 f"data.batch_size={self.batch_size} on {devices} device(s) needs {self.batch_size * devices} training "
-                f"blocks, but the text gives {len(blocks)} of {self.block_size} tokens: lower data.batch_size or "
+                f"blocks, but the text gives {blocks} of {self.block_size} tokens: lower data.batch_size or "
                 "data.block_size, or give more text."
             )
 
-    def val_dataloader(self) -> DataLoader[_Rows]:
+    def _check_stream(self) -> None:
+        if self.origin.window is not None and self.trainer is not None and self.trainer.max_steps < 1:
+            raise InputError("data.streaming has no end: set trainer.max_steps, or data.streaming to false.")
+
+    def val_dataloader(self) -> DataLoader[Row]:
         """The held-out blocks in order, none twice; several ranks share them evenly and leave a remainder out."""
         blocks, devices = self._blocks["validation"], self._world[0]
-        if len(blocks) < devices:
+        if (count := len(blocks["input_ids"])) < devices:
             raise InputError(
-                f"validation on {devices} devices needs as many blocks, but the text gives {len(blocks)}: raise "
+                f"validation on {devices} devices needs as many blocks, but the text gives {count}: raise "
                 "data.validation_fraction or data.validation_blocks, lower data.block_size, or use fewer devices."
             )
         return self._loader(DataLoader, blocks)
 
-    def test_dataloader(self) -> DataLoader[_Rows]:
+    def test_dataloader(self) -> DataLoader[Row]:
         """The held-out blocks, as for validation."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[_Rows]:
-        """The held-out blocks, as for validation."""
+    def predict_dataloader(self) -> DataLoader[Row]:
+        """The held-out blocks, as for validation; running text alone."""
+        if not self._blocks["validation"].keys() <= {"input_ids", "labels"}:
+            raise InputError(
+                "predict goes on from the middle of a block of running text, and data.packing=separate or pad keeps "
+                "documents apart: set data.packing to concatenate."
+            )
         return self.val_dataloader()
 
     def training_blocks(self) -> Tensor:
-        """Every training block [N, T] in the text's order, int32; works without a trainer and before `setup`."""
+        """Every training block in the text's order, int32; works without a trainer and before `setup`.
+
+        Returns:
+            Tokens [N, T]; where documents share a block, with their positions, [N, 2, T].
+
+        Raises:
+            InputError: Rows are padded, or the text is read bit by bit.
+        """
+        if self.origin.window is not None:
+            raise InputError(
+                "a teacher cache is made of all blocks of a text, and data.streaming reads it bit by bit: set it to "
+                "false, or leave model.teacher_cache out."
+            )
         self.setup()
-        return self._blocks["training"]
+        blocks = self._blocks["training"]
+        if "attention_mask" in blocks:
+            raise InputError(
+                "a teacher cache is made of full blocks, and data.packing=pad pads them: set data.packing to separate "
+                "or concatenate, or leave model.teacher_cache out."
+            )
+        if "position_ids" not in blocks:
+            return blocks["input_ids"]
+        return torch.stack([blocks["input_ids"], blocks["position_ids"].clamp(min=0)], dim=1)
 
     def calibration_batches(self) -> list[Batch]:
         """At most `calibration_blocks` training blocks, drawn by the seed, in the text's order; the same on every rank.
@@ -256,16 +251,21 @@ class TextDataModule(L.LightningDataModule):
         """
         self.setup()
         blocks = self._blocks["training"]
-        chosen = torch.randperm(len(blocks), generator=_generator(self.seed, "calibration"))[: self.calibration_blocks]
-        return [_batch([(row,) for row in rows]) for rows in blocks[chosen.sort().values].split(self.batch_size)]
+        order = torch.randperm(len(blocks["input_ids"]), generator=generator(self.seed, "calibration"))
+        chosen = order[: self.calibration_blocks].sort().values
+        rows = list(zip(*(rows[chosen] for rows in blocks.values()), strict=True))
+        return [
+            batch_of(tuple(blocks), rows[start : start + self.batch_size])
+            for start in range(0, len(rows), self.batch_size)
+        ]
 
     @property
     def _world(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _loader(self, kind: type[DataLoader[_Rows]], blocks: Tensor) -> DataLoader[_Rows]:
+    def _loader(self, kind: type[DataLoader[Row]], blocks: Blocks) -> DataLoader[Row]:
         training = kind is ResumableLoader
-        rows = TensorDataset(blocks)
+        rows = TensorDataset(*blocks.values())
         sampler: Sampler[int] = BlockSampler(rows, *self._world, shuffle=training, seed=self.seed, drop_last=True)
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             kind, sampler = DataLoader, SequentialSampler(rows)  # all that Lightning accepts for overfit_batches
@@ -275,71 +275,62 @@ class TextDataModule(L.LightningDataModule):
             sampler=sampler,
             drop_last=training,
             num_workers=self.num_workers,
-            collate_fn=_batch,
+            collate_fn=partial(batch_of, tuple(blocks)),
             generator=torch.Generator(),  # else every epoch would draw a number from the global one
         )
 
-    def _streams(self) -> tuple[Tensor, Tensor]:
-        tokenizer = load_tokenizer(self.tokenizer)
-        stream, lengths = tokenize(self._documents(), tokenizer)
-        if self.validation_path is not None:
-            held_out = read_file("data.validation_path", self.validation_path, self.text_column)
-            return stream, tokenize(held_out, tokenizer)[0]
-        return split(stream, lengths, fraction=self.validation_fraction, block_size=self.block_size, seed=self.seed)
+    def _reading(self) -> Reading:
+        return Reading(
+            load_tokenizer(self.tokenizer),
+            template=self.chat_template,
+            learn=self.learn,
+            packing=self.packing,
+            block_size=self.block_size,
+            fraction=self.validation_fraction,
+            seed=self.seed,
+        )
 
-    def _documents(self) -> Sequence[str]:
-        if self.path is not None:
-            return read_file("data.path", self.path, self.text_column)
-        if self.dataset is not None:
-            return read_hub(self.dataset, self.dataset_config, self.split, self.text_column)
-        if self.generate is not None:
-            path = text_file(self.generate, teacher=self.tokenizer, column=self.text_column)
-            rank_zero_info(f"text written by {self.generate.model or self.tokenizer}: {path}")
-            return read_file("data.generate", path, COLUMN)
-        from pydoc_data.topics import topics
+    def _stream_loader(self) -> StreamLoader:
+        trainer = self.trainer
+        assert trainer is not None, "a stream is as long as its trainer says"
+        reading, filler, first = self._reading(), filler_of(load_tokenizer(self.tokenizer)), self._blocks["training"]
 
-        return [topics[name] for name in sorted(topics)]
+        def blocks_of(row: int, documents: Documents) -> Blocks:
+            if row == 0:  # without what is validated on
+                return first
+            packing = reading.packing_of([documents.kind])
+            tokens = reading.fitted(reading.once(documents), documents.kind, packing)
+            return packed(tokens, self.block_size, packing, filler).blocks
 
-    def _pack(self, part: str, stream: Tensor) -> Tensor:
-        blocks, left = pack(stream, self.block_size)
-        if len(blocks) == 0:
-            more = ", raise data.validation_fraction, name a data.validation_path" if part == "validation" else ""
+        share = Share(self.batch_size, *self._world, self.seed)
+        return StreamLoader(
+            self.origin.windows(), blocks_of, share, trainer.max_steps * trainer.accumulate_grad_batches
+        )
+
+    def _check_part(self, part: str, done: Packed, tokens: int, corpus: Corpus) -> None:
+        if len(done) and done.learned:
+            return
+        more = ", raise data.validation_fraction, name a data.validation_path" if part == "validation" else ""
+        if len(done) or corpus.packing != "concatenate":
             raise InputError(
-                f"the {part} part of the text has {len(stream)} tokens, less than one block of "
-                f"data.block_size={self.block_size}: lower data.block_size{more} or give more text."
+                f"the {part} part of the text has nothing to learn in the first data.block_size={self.block_size} "
+                f"tokens of its documents: raise data.block_size{more} or give more text."
             )
-        rank_zero_info(f"{part}: {len(blocks)} blocks of {self.block_size} tokens, {left} tokens left over")
-        return blocks
+        raise InputError(
+            f"the {part} part of the text has {tokens} tokens, less than one block of "
+            f"data.block_size={self.block_size}: lower data.block_size{more} or give more text."
+        )
 
-    def _source_mistakes(self) -> Iterator[str]:
+    def _mistakes(self) -> Iterator[str]:
         if not self.tokenizer:
             yield "data.tokenizer is empty: name a local folder, a hub model or demo:smollm2"
-        sources = {
-            f"data.path={self.path}": self.path,
-            f"data.dataset={self.dataset!r}": self.dataset,
-            "data.generate": self.generate,
-        }
-        if len(given := [name for name, value in sources.items() if value is not None]) > 1:
-            yield f"{' and '.join(given)} are {'both' if len(given) == 2 else 'all'} set: keep one of them"
-        if self.dataset is None and (self.dataset_config is not None or self.split != "train"):
-            yield "data.dataset_config and data.split belong to data.dataset, which is not set: set it or drop them"
-        if self.validation_path is not None and self.validation_fraction != FRACTION:
+        if self.chat_template is not None and not self.chat_template.is_file():
+            yield f"data.chat_template={self.chat_template} is not a file: name one with a Jinja template"
+        if self.origin.validation_path is not None and self.validation_fraction != FRACTION:
             yield f"data.validation_fraction={self.validation_fraction} does nothing beside validation_path: drop it"
-        files_with_columns = [path for path in (self.path, self.validation_path) if path and path.suffix != ".txt"]
-        columns = self.dataset is not None or self.generate is not None or files_with_columns
-        if self.text_column != COLUMN and not columns:
-            yield f"data.text_column={self.text_column!r} does nothing for text without columns: drop it"
-        files = {
-            "data.path": self.path,
-            "data.validation_path": self.validation_path,
-            "data.generate.prompts": None if self.generate is None else self.generate.prompts,
-        }
-        for field, path in files.items():
-            if path is not None and (mistake := file_mistake(path)):
-                yield f"{field}={path} {mistake}"
-
-    def _number_mistakes(self) -> Iterator[str]:
-        least = {"block_size": 2, "batch_size": 1, "calibration_blocks": 1, "num_workers": 0}
+        if self.origin.window is None and self.streaming_window != WINDOW:
+            yield f"data.streaming_window={self.streaming_window} does nothing without data.streaming: drop it"
+        least = {"block_size": 2, "batch_size": 1, "calibration_blocks": 1, "num_workers": 0, "streaming_window": 1}
         for field, minimum in least.items():
             if getattr(self, field) < minimum:
                 yield f"data.{field}={getattr(self, field)} must be {minimum} or more"
@@ -347,13 +338,3 @@ class TextDataModule(L.LightningDataModule):
             yield f"data.validation_blocks={self.validation_blocks} must be 1 or more, or null for all"
         if not 0 < self.validation_fraction < 1:
             yield f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, both excluded"
-
-
-def _generator(seed: int, purpose: object) -> torch.Generator:
-    # crc32, not seed + epoch: else seed 0 at epoch 1 would repeat seed 1 at epoch 0
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))
-
-
-def _batch(rows: Sequence[_Rows]) -> Batch:
-    input_ids = torch.stack([row for (row,) in rows]).long()
-    return {"input_ids": input_ids, "labels": input_ids.clone()}

@@ -18,7 +18,8 @@ from lcprune.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_AT_ONCE = 1024  # documents handed to the tokenizer together; bounds the memory that Python lists of tokens take
+AT_ONCE = 1024
+"""Documents handed to the tokenizer together; bounds the memory that Python lists of tokens take."""
 
 
 def tokenize(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> tuple[Tensor, Tensor]:
@@ -36,15 +37,10 @@ def tokenize(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> 
     Example:
         tokenize(["ab", "c"], tokenizer)  ->  tensor([a, b, EOS, c, EOS]), tensor([3, 2])
     """
-    eos = tokenizer.eos_token_id
-    if not isinstance(eos, int):
-        raise InputError(
-            f"data.tokenizer={tokenizer.name_or_path!r} has no end-of-text token to set documents apart: "
-            "name the tokenizer of a causal language model, or save this one with an eos_token."
-        )
+    eos = eos_of(tokenizer)
     stream, lengths = array("i"), array("q")
-    for start in range(0, len(documents), _AT_ONCE):
-        some = list(documents[start : start + _AT_ONCE])
+    for start in range(0, len(documents), AT_ONCE):
+        some = list(documents[start : start + AT_ONCE])
         for tokens in tokenizer(some, return_attention_mask=False, verbose=False)["input_ids"]:
             ended = tokens if tokens and tokens[-1] == eos else [*tokens, eos]
             stream.extend(ended)
@@ -52,32 +48,37 @@ def tokenize(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> 
     return torch.tensor(stream, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int64)
 
 
-def split(stream: Tensor, lengths: Tensor, *, fraction: float, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Splits a stream into a training and a validation part.
+def eos_of(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The tokenizer's end-of-text token.
 
-    Whole documents, drawn by the seed, go to validation until it has `fraction` of the tokens and at least one block;
-    one document always stays for training. A single document is cut instead: its tail is for validation.
+    Raises:
+        InputError: It has none.
+    """
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise InputError(
+            f"data.tokenizer={tokenizer.name_or_path!r} has no end-of-text token to set documents apart: "
+            "name the tokenizer of a causal language model, or save this one with an eos_token."
+        )
+    return eos
+
+
+def held_out(lengths: Tensor, wanted: int, seed: int) -> Tensor:
+    """Draws documents until they have `wanted` tokens together; one always stays.
 
     Args:
-        stream: The tokens [S].
-        lengths: How many of them belong to each document, in order.
-        fraction: Of the tokens, between 0 and 1.
-        block_size: Tokens in a block.
-        seed: Decides which documents.
+        lengths: Tokens of every document, [N].
+        wanted: Tokens.
+        seed: Decides which.
 
     Returns:
-        Both parts as streams, in the documents' order; together they are the whole.
+        Which are drawn, bool [N].
     """
-    wanted = max(round(len(stream) * fraction), block_size)
-    if len(lengths) == 1:
-        head = max(len(stream) - wanted, min(block_size, len(stream)))
-        return stream[:head], stream[head:]
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
     count = int((lengths[order].cumsum(0) < wanted).sum()) + 1
-    held_out = torch.zeros(len(lengths), dtype=torch.bool)
-    held_out[order[: min(count, len(lengths) - 1)]] = True
-    mask = held_out.repeat_interleave(lengths)
-    return stream[~mask], stream[mask]
+    drawn = torch.zeros(len(lengths), dtype=torch.bool)
+    drawn[order[: min(count, len(lengths) - 1)]] = True
+    return drawn
 
 
 def pack(stream: Tensor, block_size: int) -> tuple[Tensor, int]:

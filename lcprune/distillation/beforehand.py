@@ -1,6 +1,7 @@
 """What can be known to fail before any weight is loaded, from the settings of a run alone."""
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -9,11 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import PretrainedConfig
 
 from lcprune.distillation.levels import Labels, Logits
 from lcprune.distillation.phases import Phase
 from lcprune.distillation.trained import Trained, trained_layers
 from lcprune.errors import InputError
+from lcprune.merging.calibration import UNPACKABLE, Batch, check_packable
 from lcprune.merging.lineage import Lineage
 
 
@@ -37,6 +40,30 @@ def try_out(make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallab
             "step here: take RewarmingCosine, RewarmingWSD or one of torch's that follow the step."
         )
     return optimizer
+
+
+@runtime_checkable
+class CalibrationSource(Protocol):
+    """A data module that can hand out text to plan merges by."""
+
+    def calibration_batches(self) -> Sequence[Batch]:
+        """Batches of training text, the same at every call."""
+
+
+def check_documents(config: PretrainedConfig, source: object) -> None:
+    """Documents that share a block need a model whose attention keeps them apart.
+
+    Args:
+        config: The teacher's.
+        source: The trainer's data module.
+
+    Raises:
+        InputError: If the model's does not.
+    """
+    if config.model_type in UNPACKABLE and isinstance(source, CalibrationSource):
+        for batch in source.calibration_batches():
+            if "position_ids" in batch:
+                check_packable(config, len(batch["input_ids"]))
 
 
 def check_strategy(strategy: Strategy, phases: Sequence[Phase], usually: Trained) -> None:

@@ -8,10 +8,11 @@
         log_tail  [n, T]      float32    log of the probability of all others together
         states.7  [n, T, D]   bfloat16   the residual stream behind teacher layer 7, for the layers asked for
 
-A block is found by its tokens alone, whatever the order, the batch, the epoch or the rank. Log-probabilities are
-float32, because float16 would cost equality with a run that has the teacher and save a third of what is little beside
-the states. States are bfloat16: what a teacher in bfloat16 computes is stored exactly, and streams that leave
-float16's range (65504) exist. Legend: `B` batch, `T` tokens, `D` hidden, `k` tokens that are kept.
+A block is found by its tokens alone (where documents share it, by their positions too), whatever the order, the batch,
+the epoch or the rank. Log-probabilities are float32, because float16 would cost equality with a run that has the
+teacher and save a third of what is little beside the states. States are bfloat16: what a teacher in bfloat16 computes
+is stored exactly, and streams that leave float16's range (65504) exist. Legend: `B` batch, `T` tokens, `D` hidden,
+`k` tokens that are kept.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from lcprune import identity
 from lcprune.distillation.buckets import Buckets
 from lcprune.distillation.levels import Labels, Level, Logits, only
 from lcprune.errors import InputError
+from lcprune.merging.calibration import Batch
 
 FORMAT = 1
 """Version of the layout; a reader refuses any other."""
@@ -43,7 +45,7 @@ class TrainingBlocks(Protocol):
     """A data module that can say which blocks it trains on."""
 
     def training_blocks(self) -> Tensor:
-        """Every block [N, T] of the training text, whatever order they are trained on in."""
+        """Every block of the training text, whatever order they are trained on in, as `rows_of` has them."""
 
 
 @dataclass(frozen=True)
@@ -229,13 +231,13 @@ class TeacherCache:
             )
 
     def check_blocks(self, blocks: Tensor) -> None:
-        """Raises InputError unless every one of these blocks [N, T] is in the cache."""
+        """Raises InputError unless every one of these blocks, as `rows_of` has them, is in the cache."""
         missing = sum(key not in self._places for key in keys_of(blocks))
         if missing:
             origin = self.manifest.origin
             raise InputError(
                 f"model.teacher_cache={self.folder} lacks {missing} of the recipe's {len(blocks)} training blocks of "
-                f"{blocks.shape[1]} tokens (it has {origin.blocks} of {origin.block_size}): give the data settings it "
+                f"{blocks.shape[-1]} tokens (it has {origin.blocks} of {origin.block_size}): give the data settings it "
                 "was made with, or run `lcprune cache` with this recipe into another folder."
             )
 
@@ -250,17 +252,17 @@ class TeacherCache:
                 f"--layers {','.join(map(str, sorted({*kept, *needed})))} into another folder, or leave the level out."
             )
 
-    def look_up(self, input_ids: Tensor, layers: Iterable[int] = ()) -> Found:
-        """What the teacher says about the blocks [B, T] of a batch, on its device.
+    def look_up(self, blocks: Tensor, layers: Iterable[int] = ()) -> Found:
+        """What the teacher says about the blocks of a batch, on its device.
 
         Args:
-            input_ids: Tokens of whole blocks.
+            blocks: Whole ones, as `rows_of` has them.
             layers: Teacher layers whose states are wanted, of those that the cache has.
 
         Raises:
             InputError: A block is not in the cache.
         """
-        places = [self._places.get(key) for key in keys_of(input_ids)]
+        places = [self._places.get(key) for key in keys_of(blocks)]
         if None in places:
             raise InputError(
                 f"model.teacher_cache={self.folder} lacks a block of this batch: train on the blocks it was made of, "
@@ -269,7 +271,7 @@ class TeacherCache:
 
         def stacked(name: str) -> Tensor:
             rows = [self._shards[place[0]][name][place[1]] for place in places if place is not None]
-            return torch.stack(rows).to(input_ids.device)
+            return torch.stack(rows).to(blocks.device)
 
         return Found(
             Buckets(stacked("ids"), stacked("log_p"), stacked("log_tail")),
@@ -277,8 +279,22 @@ class TeacherCache:
         )
 
 
+def rows_of(batch: Batch) -> Tensor:
+    """What a teacher is asked about: tokens [B, T], or with their positions [B, 2, T] where documents share a block."""
+    if "position_ids" not in batch:
+        return batch["input_ids"]
+    return torch.stack([batch["input_ids"], batch["position_ids"]], dim=1)
+
+
+def batch_of(rows: Tensor) -> Batch:
+    """The batch that `rows_of` makes these of."""
+    if rows.dim() == 2:
+        return {"input_ids": rows}
+    return {"input_ids": rows[:, 0], "position_ids": rows[:, 1]}
+
+
 def keys_of(blocks: Tensor) -> list[bytes]:
-    """The hash of every block's token ids; blocks [N, T] of any whole-number type and on any device."""
+    """The hash of every block's content; as `rows_of` has them, of any whole-number type and on any device."""
     rows = blocks.to("cpu", torch.int32).numpy()
     return [hashlib.blake2b(row.astype("<i4").tobytes(), digest_size=KEY_BYTES).digest() for row in rows]
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from math import inf
-from typing import Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,6 +24,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lcprune.distillation import adapters, beforehand, optim
+from lcprune.distillation.beforehand import CalibrationSource
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Milestone, Schedule
@@ -50,14 +50,6 @@ REFUSED = {
     "WeightAveraging",
 }
 """Lightning's callbacks that keep or restore weights of the old depth; by name, some came after lightning 2.5."""
-
-
-@runtime_checkable
-class CalibrationSource(Protocol):
-    """A data module that can hand out text to plan merges by."""
-
-    def calibration_batches(self) -> Sequence[Batch]:
-        """Batches of training text, the same at every call."""
 
 
 class ProgressiveCollapse(Callback):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lcprune import identity
 from lcprune.distillation.buckets import Buckets, top
-from lcprune.distillation.cache import KEY_BYTES, MANIFEST, Manifest, Origin, Shard, is_whole, keys_of
+from lcprune.distillation.cache import KEY_BYTES, MANIFEST, Manifest, Origin, Shard, batch_of, is_whole, keys_of
 from lcprune.distillation.head import Head
 from lcprune.distillation.losses import CHUNK
 from lcprune.distillation.passes import Wanted
@@ -46,7 +46,7 @@ def origin_of(name: str, blocks: Tensor, *, dtype: str, batch_size: int, top_k: 
         vocabulary=identity.vocabulary_of(name),
         dtype=dtype,
         blocks=len(blocks),
-        block_size=blocks.shape[1],
+        block_size=blocks.shape[-1],
         keys=hashlib.sha256(b"".join(keys_of(blocks))).hexdigest(),
         batch_size=batch_size,
         top_k=top_k,
@@ -144,9 +144,9 @@ class Filling:
             self._write(file, rows, answers)
 
     def _answer(self, teacher: Teacher, head: Head, batch: Tensor) -> dict[str, Tensor]:
-        """Everything that is kept about some blocks [B, T]."""
-        input_ids = batch.to(teacher.model.device, torch.int64)
-        states = teacher({"input_ids": input_ids}, Wanted(outputs=self.origin.layers))
+        """Everything that is kept about some blocks."""
+        rows = batch.to(teacher.model.device, torch.int64)
+        states = teacher(batch_of(rows), Wanted(outputs=self.origin.layers))
         assert states.last is not None
         known = _top(head, states.last, self.origin.top_k)
         kept = {f"states.{layer}": state.to(torch.bfloat16) for layer, state in states.layers.items()}

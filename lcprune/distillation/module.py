@@ -177,6 +177,7 @@ class DistillationModule(Evaluated):
 
     def setup(self, stage: str) -> None:
         """Before weights are loaded, refuses what training could not begin or go on with."""
+        beforehand.check_documents(self.teacher_config, self.trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "fit":
             beforehand.try_out(self.make_optimizer, self.make_scheduler)
             beforehand.check_strategy(self.trainer.strategy, self.phases, self.train_usually)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from lcprune.distillation.cache import TeacherCache
+from lcprune.distillation.cache import TeacherCache, rows_of
 from lcprune.distillation.levels import Level, Logits, only
 from lcprune.distillation.objectives import (
     Forward,
@@ -46,7 +46,7 @@ def run(
         lineage: Teacher layers of every student layer.
         cache: Has these blocks, and the states that the levels need.
     """
-    found = cache.look_up(batch["input_ids"], states_needed(levels, lineage))
+    found = cache.look_up(rows_of(batch), states_needed(levels, lineage))
     like = teacher_forced(levels, lineage, student, teacher.model)
     calls = teacher.calls(batch, sorted({0, *like.values()} if like else ()))
     ours = student_pass(student, batch, student_wants(levels, lineage))

@@ -30,7 +30,7 @@ from lcprune.distillation.objectives import scored_positions
 from lcprune.distillation.phases import Phase
 from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Batch
+from lcprune.merging.calibration import Batch, mask_of
 
 
 class Throughput(Callback):
@@ -174,8 +174,8 @@ def _matrices(module: nn.Module) -> Iterator[tuple[int, bool]]:
 
 def _read(batch: Batch) -> int | Tensor:
     """Tokens of a batch that are not padding."""
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else (mask != 0).sum()
+    mask = mask_of(batch)
+    return batch["input_ids"].numel() if mask is None else mask.sum()
 
 
 def _over_ranks(trainer: Trainer, count: int | Tensor) -> float:

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging.activity import KnownActivity
@@ -27,6 +27,7 @@ from lcprune.merging.progress import track
 Batch = Mapping[str, Tensor]
 """`input_ids` [B, T]; `attention_mask` [B, T] and `labels` [B, T] (-100 = not scored) where they are needed.
 
+`position_ids` [B, T] where a row holds several documents: each begins at 0 and sees itself alone.
 `counted`, bool [B, T], where statistics look at fewer tokens than the unmasked ones.
 """
 
@@ -35,6 +36,9 @@ Hook = Callable[[nn.Module, tuple[object, ...], Tensor | tuple[Tensor, ...]], No
 
 HEAD_CHUNK = 1024
 """Tokens whose logits exist at once when a loss is measured."""
+
+UNPACKABLE = ("bloom", "opt")
+"""Families whose attention in transformers does not look at position ids: documents in a row would see each other."""
 
 HEAD_FIELDS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 """Config fields of what a head does to its logits: factor (cohere), divisor (granite), soft cap (gemma2)."""
@@ -118,13 +122,36 @@ def next_tokens(batch: Batch) -> Tensor:
 
 
 def last_tokens(batches: Sequence[Batch]) -> list[Batch]:
-    """The same batches, of which only the last unmasked token of every sequence counts."""
+    """The same batches, of which only the last unmasked token of every sequence counts.
+
+    Of a row that holds several documents, the last of each.
+    """
     ends: list[Batch] = []
     for batch in batches:
-        mask_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        behind_BT = mask_BT.flip(1).cumsum(1).flip(1)
-        ends.append({**batch, "counted": mask_BT & (behind_BT == 1)})
+        mask_BT = _mask_or_ones(batch)
+        if "position_ids" in batch:
+            counted_BT = mask_BT & _before_an_end(mask_BT, batch["position_ids"])
+        else:
+            counted_BT = mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
+        ends.append({**batch, "counted": counted_BT})
     return ends
+
+
+def _mask_or_ones(batch: Batch) -> Tensor:
+    mask_BT = mask_of(batch)
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BT is None else mask_BT
+
+
+def _before_an_end(mask_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    """Which tokens have none of their own document behind them, bool [B, T]."""
+    end_B1 = torch.ones_like(mask_BT[:, :1])
+    return torch.cat([~mask_BT[:, 1:] | (positions_BT[:, 1:] == 0), end_B1], dim=1)
+
+
+def tokens_in(batch: Batch) -> int:
+    """How many tokens of a batch count."""
+    mask_BT = mask_of(batch)
+    return batch["input_ids"].numel() if mask_BT is None else int(mask_BT.sum())
 
 
 def unmasked(state_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -133,12 +160,43 @@ def unmasked(state_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The last state [B, T, D] after the final norm: the forward pass without the head."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    """The last state [B, T, D] after the final norm: the forward pass without the head.
+
+    Raises:
+        InputError: Rows hold several documents, and this model's attention would not keep them apart.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    if "position_ids" in inputs:
+        check_packable(model.config, len(inputs["input_ids"]))
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     state: Tensor = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     return state
+
+
+def check_packable(config: PretrainedConfig, rows: int) -> None:
+    """Refuses rows of several documents where attention would not keep these apart.
+
+    transformers makes the block-diagonal mask from position ids, and flash attention from those of a single row.
+
+    Args:
+        config: Of the model.
+        rows: B.
+
+    Raises:
+        InputError: It would not.
+    """
+    if config.model_type in UNPACKABLE:
+        raise InputError(
+            f"data.packing=separate: attention of the family {config.model_type!r} cannot keep documents of one block "
+            "apart in transformers: set data.packing to pad, or to concatenate."
+        )
+    attention = getattr(config, "_attn_implementation", None) or ""
+    if "flash" in attention and rows > 1:
+        raise InputError(
+            f"data.packing=separate with {attention} keeps documents apart in one block at a time, and data.batch_size "
+            f"is {rows}: set data.batch_size to 1 (with trainer.accumulate_grad_batches), or data.packing to pad."
+        )
 
 
 def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
@@ -229,8 +287,7 @@ class SpanSums:
 
     def stats(self, batches: Sequence[Batch]) -> LayerStats:
         """The means over all tokens that count of the batches that were added."""
-        masks = ((mask_of(batch), batch["input_ids"]) for batch in batches)
-        tokens = sum(ids_BT.numel() if mask_BT is None else int(mask_BT.sum()) for mask_BT, ids_BT in masks)
+        tokens = sum(map(tokens_in, batches))
         cosine = {n: tuple((total[0] / tokens).tolist()) for n, total in self._sums.items()}
         angle = {n: tuple((total[1] / tokens).tolist()) for n, total in self._sums.items()}
         return LayerStats(cosine, angle, tokens)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import HEAD_CHUNK, Batch, Calibration, evaluating, logits, stream_of
+from lcprune.merging.calibration import HEAD_CHUNK, Batch, Calibration, evaluating, logits, next_tokens, stream_of
 from lcprune.merging.criteria import Criterion
 from lcprune.merging.prefix import prefixes_of
 from lcprune.merging.progress import track
@@ -130,7 +130,7 @@ def _loss_gradient(model: PreTrainedModel, state_BTD: Tensor, batch: Batch) -> t
     norm = model.get_submodule(layout_of(model.config).final_norm)
     state_BTD = state_BTD.detach().requires_grad_()
     last_BTD = norm(state_BTD)
-    targets_BT = batch.get("labels", batch["input_ids"])[:, 1:].to(last_BTD.device)
+    targets_BT = next_tokens(batch)[:, :-1].to(last_BTD.device)
     keep_BT = targets_BT != -100
     states_ND, targets_N = last_BTD[:, :-1][keep_BT].detach(), targets_BT[keep_BT]
     pieces = []

@@ -32,7 +32,7 @@ from torch.nn.functional import cosine_similarity
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
-from lcprune.merging.calibration import Batch, Calibration, last_tokens, mask_of, unmasked
+from lcprune.merging.calibration import Batch, Calibration, last_tokens, mask_of, tokens_in, unmasked
 from lcprune.merging.criteria import AngularDistance, TrialPerplexity
 from lcprune.merging.lineage import Lineage, MergeStep
 from lcprune.merging.operators import Operator
@@ -237,8 +237,7 @@ class _Part:
     @property
     def tokens(self) -> int:
         """Number of unmasked tokens."""
-        masks = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in self.trail.batches)
-        return sum(int(mask_BT.sum()) for mask_BT in masks)
+        return sum(map(tokens_in, self.trail.batches))
 
     def walk(self, stop: int, what: str) -> None:
         """Scores every pair below boundary `stop` that has no score."""

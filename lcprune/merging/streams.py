@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Batch, evaluating, hidden_states, stream_of
+from lcprune.merging.calibration import Batch, evaluating, hidden_states, mask_of, stream_of
 
 TOKENS_AT_ONCE = 512
 """Tokens that run through a layer together; fewer leave the processor waiting for the weights, more outgrow its caches
@@ -40,7 +40,7 @@ class Stream:
         self.model = model
         self.states: list[Tensor] = []
         """The state [B, T, D] of every batch."""
-        self.masks = [batch["attention_mask"].bool() if "attention_mask" in batch else None for batch in batches]
+        self.masks = [mask_of(batch) for batch in batches]
         """Which tokens of every batch count, [B, T]; None = all."""
         self._layers = layout.layers_of(model)
         self._norm = layout.final_norm
