@@ -26,7 +26,8 @@ without training:
   collapse   plan, merge, export; --plan-only prints the plan, --plan FILE executes an edited one
   score      every criterion over every layer
   cache      what the teacher says about the training text, stored once; fit then looks it up
-  export     a checkpoint becomes a Hugging Face folder
+  evaluate   a model beside its teacher: tasks, text, agreement, repetition, speed, memory
+  export     a checkpoint becomes a Hugging Face folder; --push-to-hub, --gguf
 
 start here:
   lcprune fit --config recipes/quickstart.yaml
@@ -97,12 +98,14 @@ def _run(command: str, arguments: list[str]) -> int:
         from lcprune.cli.scoring import run
     elif command == "cache":
         from lcprune.cli.caching import run
+    elif command == "evaluate":
+        from lcprune.cli.evaluating import run
     elif command == "export":
         from lcprune.cli.delivery import run
     else:
         from difflib import get_close_matches
 
-        known = (*TRAINING, "collapse", "score", "cache", "export")
+        known = (*TRAINING, "collapse", "score", "cache", "evaluate", "export")
         near = get_close_matches(command, known, 1)
         raise InputError(
             f"{command!r} is not a command{f', did you mean {near[0]}?' if near else ';'} "
