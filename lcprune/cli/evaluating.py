@@ -15,11 +15,14 @@ from typing import NoReturn
 
 import torch
 
+from lcprune import __version__
 from lcprune.cli import bars, heldout, options, side_by_side
 from lcprune.cli.measuring import Job, Known, Tasks, evaluated
 from lcprune.cli.quiet import quieten
 from lcprune.cli.subjects import Subject, look_at
 from lcprune.delivery import choices, harness
+from lcprune.delivery.card import with_evaluation
+from lcprune.delivery.evaluate import Evaluation
 from lcprune.distillation.teacher import DTYPES, DtypeName, stored_dtype
 from lcprune.errors import InputError
 from lcprune.files import write_text
@@ -50,6 +53,18 @@ def run(command: str, arguments: list[str]) -> None:
         side_by_side.show(evaluation)
         write_text(job.out, evaluation.to_json())
         print(f"evaluation: {job.out}")
+        _tell_card(job, evaluation)
+
+
+def _tell_card(job: Job, evaluation: Evaluation) -> None:
+    """Puts the table into the model card of an export; a model that is not ours keeps its own."""
+    card = Path(job.subject.model) / "README.md"
+    if job.subject.history is None or not card.is_file() or not os.access(card.parent, os.W_OK):
+        return
+    header = side_by_side.headings(evaluation)
+    text = f"Measured with lcprune {__version__} on {job.text.source}, in {job.dtype}."
+    write_text(card, with_evaluation(card.read_text(encoding="utf-8"), [header, *side_by_side.rows(evaluation)], text))
+    print(f"model card: {card}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -131,7 +131,7 @@ def evaluated(job: Job, tasks: Tasks, known: Known) -> Evaluation:
     rates = _timed(models, job.text.batches[0]["input_ids"], prompts_BT[0])
     figures = {
         who: ModelEvaluation(
-            name=demo.public_name(job.names[who]),
+            name=demo.public_name(job.subject.name if who == "student" else job.names[who]),
             size=model_figures(model, Path(demo.resolve(job.names[who]))),
             perplexity=text.perplexity[who],
             tasks=answers[who],

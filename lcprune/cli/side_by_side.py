@@ -14,12 +14,16 @@ Row = tuple[str, ...]
 def show(evaluation: Evaluation) -> None:
     """Prints an evaluation."""
     table = Table(title=f"{evaluation.student.name}", title_justify="left")
-    table.add_column("")
-    for heading in ("teacher", "student", "retained") if evaluation.teacher is not None else ("model",):
-        table.add_column(heading, justify="right")
+    for heading in headings(evaluation):
+        table.add_column(heading, justify="right" if heading else "left")
     for row in rows(evaluation):
         table.add_row(*row)
     Console().print(table)
+
+
+def headings(evaluation: Evaluation) -> Row:
+    """Those of the columns."""
+    return ("", "teacher", "student", "retained") if evaluation.teacher is not None else ("", "model")
 
 
 def rows(evaluation: Evaluation) -> Iterator[Row]:

@@ -186,7 +186,7 @@ def _write_account(
     license: str | None,
 ) -> None:
     counted = {"layers": history.depth, "parameters": student.num_parameters(), "bytes on disk": folder_size(folder)}
-    card = model_card(history, figures={**counted, **figures}, license=license)
+    card = model_card(history, figures={**counted, **figures}, license=license, recipe=recipe)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / HISTORY).write_text(history.to_json(), encoding="utf-8")
     if recipe is not None:

@@ -74,8 +74,8 @@ def prepare(names: Sequence[str], folder: Path | None = None) -> Tasks:
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
         raise InputError(
-            f"The data of --tasks {','.join(names)} cannot be had ({reason}): fetch them once with a network, or name "
-            "task files of your own with --task-folder."
+            f"--tasks {','.join(names)} cannot be asked ({reason}): their data are fetched once, with a network; or "
+            "name task files of your own with --task-folder."
         ) from error
     return Tasks(tuple(names), manager, lm_eval.__version__)
 
