@@ -106,15 +106,21 @@ def _check(own: argparse.Namespace) -> None:
         raise InputError(
             f"--task-folder {own.task_folder} is not a folder: name one that holds NAME.jsonl or YAML files."
         )
-    if own.config is not None and not own.config.is_file():
-        raise InputError(f"--config {own.config} does not exist: name a recipe.")
+    for option, path in (("--config", own.config), ("--text", own.text)):
+        if path is not None and not path.is_file():
+            raise InputError(f"{option} {path} does not exist or is not a file: check the path.")
 
 
 def _teacher(asked: str | None, subject: Subject) -> str | None:
     """What a model is compared with, fit for it."""
     teacher = subject.teacher if asked is None else None if asked == "none" else asked
-    if teacher is not None:
+    if teacher is None:
+        return None
+    try:
         subject.check_teacher(teacher)
+    except InputError as error:
+        told = f"{subject.name} descends from {teacher!r}, and " if asked is None else "--teacher: "
+        raise InputError(f"{told}{error} Or measure it by itself with --teacher none.") from error
     return teacher
 
 

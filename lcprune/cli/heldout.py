@@ -51,19 +51,19 @@ def of_file(path: Path | None, tokenizer: str, config: PretrainedConfig, limit: 
         config: The model's.
         limit: At most so many blocks.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or BLOCK
+    size = min(BLOCK, getattr(config.get_text_config(), "max_position_embeddings", None) or BLOCK)
     try:
         # The file as both parts: all of it is held out.
         text = TextDataModule(
             tokenizer=tokenizer,
             path=path,
             validation_path=path,
-            block_size=min(BLOCK, positions),
+            block_size=size,
             validation_blocks=limit,
         )
         text.setup()
     except InputError as error:
-        raise InputError(f"--text {path}: {error}" if path is not None else str(error)) from error
+        raise InputError(f"--text {path or ''} cannot be cut into blocks of {size} tokens: {error}") from error
     source = "held-out part of the built-in text" if path is None else path.name
     return HeldOutText(source, list(text.val_dataloader()), _usual_device())
 

@@ -52,14 +52,14 @@ class Subject:
         depth = layout_of(config).depth_of(config)
         if self.history is not None and self.history.teacher_depth != depth:
             raise InputError(
-                f"--teacher {teacher} has {depth} layers, {self.name} descends from a model of "
-                f"{self.history.teacher_depth}: name that one."
+                f"{teacher} has {depth} layers, {self.name} descends from a model of {self.history.teacher_depth}: "
+                "name that one with --teacher."
             )
         mine, theirs = (each.get_text_config().vocab_size for each in (self.config, config))
         if mine != theirs:
             raise InputError(
-                f"--teacher {teacher} has a vocabulary of {theirs}, {self.name} one of {mine}: name the model "
-                "that it descends from."
+                f"{teacher} has a vocabulary of {theirs}, {self.name} one of {mine}: name the model that it descends "
+                "from with --teacher."
             )
 
 
