@@ -7,10 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from lcprune import demo
+from lcprune.errors import InputError
 from lcprune.files import cache_folder, write_text
 
 LARGE = 1 << 26
 """Bytes; hashes of larger files are remembered."""
+CHECKSUMS = "SHA256SUMS"
+"""In an exported folder, the hash of every file of weights; `sha256sum -c SHA256SUMS` reads it, too."""
 _DECIDING = {".json", ".safetensors", ".bin", ".model", ".txt"}  # weights, config and tokenizer; no README
 
 
@@ -22,6 +25,35 @@ def content_of(model: str) -> str:
 def weights_of(model: str) -> str:
     """The hash of a model's config and weights; a hub model's name and commit."""
     return _content_of(model, lambda file: file.name == "config.json" or file.suffix in (".safetensors", ".bin"))
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes down what the weights (*.safetensors) of a folder are."""
+    lines = (f"{sha256_of(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors")))
+    write_text(folder / CHECKSUMS, "".join(lines))
+
+
+def check_weights(model: str) -> None:
+    """Refuses a model whose weights are not those that were exported; without SHA256SUMS there is nothing to check.
+
+    Hashes of large files are remembered while their size and time stay, so that only the first look takes long.
+
+    Raises:
+        InputError: A file of weights is missing, cut off or changed.
+    """
+    folder = Path(demo.resolve(model))
+    listed = folder / CHECKSUMS
+    if not listed.is_file():
+        return
+    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        file = folder / Path(name).name
+        found = "is missing" if not file.is_file() else "is not as it was exported" if hash_of(file) != digest else ""
+        if found:
+            raise InputError(
+                f"{file} {found} (SHA-256 by {CHECKSUMS}): fetch or export the model anew, or delete {listed} if you "
+                "changed the weights on purpose."
+            )
 
 
 def vocabulary_of(model: str) -> str:

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lcprune import identity
+from lcprune.errors import InputError
 from tests.builders import save_tiny, tiny_llama
 
 
@@ -55,3 +57,45 @@ def test_vocabulary_is_what_the_ids_stand_for(tmp_path: Path):
     words["a"], words["b"] = words["b"], words["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokens), encoding="utf-8")
     assert identity.vocabulary_of(str(one)) != identity.vocabulary_of(str(other))
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    folder = save_tiny(tmp_path / "model")
+    identity.write_checksums(folder)
+    return folder
+
+
+def test_checksums_are_those_that_sha256sum_reads(exported: Path):
+    digest = hashlib.sha256((exported / "model.safetensors").read_bytes()).hexdigest()
+    assert (exported / "SHA256SUMS").read_text() == f"{digest}  model.safetensors\n"
+
+
+def test_weights_as_exported_and_weights_of_others_pass(exported: Path, tmp_path: Path):
+    identity.check_weights(str(exported))
+    identity.check_weights(str(save_tiny(tmp_path / "other")))
+    (exported / "config.json").write_text((exported / "config.json").read_text() + "\n")
+    identity.check_weights(str(exported))
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_flip, "model.safetensors is not as it was exported"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "model.safetensors is not as it was exported"),
+        (Path.unlink, "model.safetensors is missing"),
+        (lambda file: file.with_name("SHA256SUMS").write_bytes(b"\xff\xfe"), "is missing"),
+    ],
+)
+def test_damaged_weights_are_refused_in_one_sentence(damage: Callable[[Path], None], message: str, exported: Path):
+    damage(exported / "model.safetensors")
+    with pytest.raises(InputError, match=message) as caught:
+        identity.check_weights(str(exported))
+    assert "delete" in str(caught.value)
+    assert str(exported) in str(caught.value)

@@ -27,7 +27,8 @@ without training:
   score      every criterion over every layer
   data       which tokens of the recipe's text are learned, in colour, and how many
   cache      what the teacher says about the training text, stored once; fit then looks it up
-  export     a checkpoint becomes a Hugging Face folder
+  evaluate   a model beside its teacher: tasks, text, agreement, repetition, speed, memory
+  export     a checkpoint becomes a Hugging Face folder; --push-to-hub, --gguf
 
 start here:
   lcprune fit --config recipes/quickstart.yaml
@@ -100,12 +101,14 @@ def _run(command: str, arguments: list[str]) -> int:
         from lcprune.cli.previewing import run
     elif command == "cache":
         from lcprune.cli.caching import run
+    elif command == "evaluate":
+        from lcprune.cli.evaluating import run
     elif command == "export":
         from lcprune.cli.delivery import run
     else:
         from difflib import get_close_matches
 
-        known = (*TRAINING, "collapse", "score", "data", "cache", "export")
+        known = (*TRAINING, "collapse", "score", "data", "cache", "evaluate", "export")
         near = get_close_matches(command, known, 1)
         raise InputError(
             f"{command!r} is not a command{f', did you mean {near[0]}?' if near else ';'} "

@@ -1,37 +1,102 @@
-"""`export`: a checkpoint becomes a Hugging Face folder."""
+"""`export`: a checkpoint becomes a Hugging Face folder; a folder goes to the hub, or becomes a GGUF file.
 
-from argparse import ArgumentParser
+What could fail at the end (a name, a login, a converter) is looked at before anything is read.
+"""
+
+import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from lcprune import demo
 from lcprune.cli.quiet import quieten
+from lcprune.cli.subjects import look_at
+from lcprune.delivery import gguf, hub
 from lcprune.delivery.export import check_target, export
 from lcprune.distillation.checkpoint import load_student
 from lcprune.errors import InputError
+from lcprune.identity import check_weights
+
+USAGE = """lcprune export CHECKPOINT --out FOLDER [--push-to-hub NAME] [--gguf FILE]
+       lcprune export FOLDER [--push-to-hub NAME] [--gguf FILE]
+
+  lcprune export runs/x/checkpoints/last.ckpt --out short
+  lcprune export runs/x --push-to-hub me/short                  the student of a run; a new repository is private
+  lcprune export short --gguf short-q8_0.gguf --gguf-type q8_0  for llama.cpp, by its own converter"""
 
 
 def run(command: str, arguments: list[str]) -> None:
-    """`lcprune export CHECKPOINT --out FOLDER`."""
-    parser = _Parser(prog="lcprune export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="A .ckpt file that lcprune fit wrote.")
-    parser.add_argument("--out", type=Path, required=True, help="Folder for the student.")
-    own = parser.parse_args(arguments)
-    check_target(own.out)
+    """`lcprune export SOURCE`."""
+    own = _parser().parse_args(arguments)
+    _check(own)
     quieten()
-    student, record = load_student(own.checkpoint)
-    recipe = own.checkpoint.parent.parent / "recipe.yaml"
+    folder = _exported(own.source, own.out) if own.out is not None else _whole(own.source)
+    if own.gguf is not None:
+        gguf.convert(folder, own.gguf, own.gguf_type)
+        print(f"gguf: {own.gguf}")
+    if own.push_to_hub is not None:
+        print(f"hub: {hub.push(folder, own.push_to_hub)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(usage=USAGE, description=str(__doc__).partition("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "source", type=Path, help="A .ckpt that lcprune fit wrote, an exported folder, or a run folder."
+    )
+    parser.add_argument("--out", type=Path, help="Folder for the student of a checkpoint.")
+    parser.add_argument("--push-to-hub", metavar="NAME", help="Upload the folder as owner/name.")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="Make a .gguf file of the folder.")
+    parser.add_argument("--gguf-type", default=gguf.TYPES[0], help=f"{', '.join(gguf.TYPES)}: of its weights.")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"lcprune export: {message}.")
+
+
+def _check(own: argparse.Namespace) -> None:
+    """Everything that can be known before anything is read."""
+    if own.source.is_dir() and own.out is not None:
+        raise InputError(f"{own.source} is a folder already, --out is for the student of a checkpoint: drop it.")
+    if own.source.is_dir() and own.gguf is None and own.push_to_hub is None:
+        raise InputError(
+            f"{own.source} is a folder already: say what becomes of it, --push-to-hub NAME or --gguf FILE."
+        )
+    if not own.source.is_dir() and own.out is None:
+        raise InputError(
+            f"--out is missing, and {own.source} is no folder: name one for the student of this checkpoint."
+        )
+    if own.gguf is None and own.gguf_type != gguf.TYPES[0]:
+        raise InputError(
+            f"--gguf-type {own.gguf_type} belongs to --gguf FILE, which is not given: give it or drop this."
+        )
+    if own.out is not None:
+        check_target(own.out)
+    if own.gguf is not None:
+        gguf.check(own.gguf, own.gguf_type)
+    if own.push_to_hub is not None:
+        hub.check(own.push_to_hub)
+
+
+def _exported(checkpoint: Path, out: Path) -> Path:
+    """The student of a checkpoint as a folder."""
+    student, record = load_student(checkpoint)
+    recipe = checkpoint.parent.parent / "recipe.yaml"
     export(
         student,
-        own.out,
+        out,
         tokenizer=demo.load_tokenizer(record.history.teacher),
         history=replace(record.history, teacher=demo.public_name(record.history.teacher)),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         license=demo.license_of(record.history.teacher),
     )
-    print(f"student: {own.out}")
+    print(f"student: {out}")
+    return out
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise InputError(f"lcprune export: {message}.")
+def _whole(source: Path) -> Path:
+    """The model in a folder or a run, with the weights that were exported."""
+    subject = look_at(str(source))
+    check_weights(subject.model)
+    return Path(subject.model)

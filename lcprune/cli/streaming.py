@@ -18,6 +18,7 @@ from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.teacher import stored_dtype
 from lcprune.errors import InputError
 from lcprune.files import write_text
+from lcprune.identity import check_weights
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.shards import INDEX, ONE_FILE
 from lcprune.merging.streaming import (
@@ -86,8 +87,9 @@ def weights_folder(name: str) -> Path:
     """The folder of a model's safetensors files; those of a model on the hub are fetched into its cache.
 
     Raises:
-        InputError: There is no such model, or it cannot be fetched.
+        InputError: There is no such model, it cannot be fetched, or its weights are not those that were exported.
     """
+    check_weights(name)
     place = Path(demo.resolve(name))
     if place.is_dir():
         return place

@@ -15,6 +15,7 @@ import torch
 
 from lcprune import demo
 from lcprune.errors import InputError, RunError
+from lcprune.identity import check_weights
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -140,6 +141,7 @@ def load(name: str) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    check_weights(name)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     try:

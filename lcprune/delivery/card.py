@@ -1,11 +1,12 @@
-"""The model card of an exported student: what was merged, from which teacher layers, and what it measured.
+"""The model card of an exported student: what was merged, from which teacher layers, on what text, what it measured.
 
-Markdown with a YAML front matter, as the Hugging Face hub reads it. Everything it says is derived from the history and
-the figures; it states nothing that nobody measured.
+Markdown with a YAML front matter, as the Hugging Face hub reads it. Everything it says is derived from the history, the
+recipe and the figures; it states nothing that nobody measured. `lcprune evaluate` adds a section of its own.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 
 import yaml
 
@@ -29,6 +30,8 @@ METHOD_OF_OPERATOR = {
 }
 """The paper an operator comes from; an operator of the user's own has none."""
 
+BUILT_IN = " The text is the language reference that Python carries (`pydoc_data.topics`)."
+
 USAGE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,13 +45,24 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 """
 
 
-def model_card(history: MergeHistory, *, figures: Mapping[str, float], license: str | None = None) -> str:
+HOW_TO_LOAD = "## How to load it\n"
+EVALUATION = "## Evaluation\n"
+
+
+def model_card(
+    history: MergeHistory,
+    *,
+    figures: Mapping[str, float],
+    license: str | None = None,
+    recipe: str | None = None,
+) -> str:
     """The text of README.md.
 
     Args:
         history: The merges that made the student.
         figures: What was measured or counted, by name; printed in the order given.
         license: The base model's licence as the hub spells it ("apache-2.0"); None when it is not known.
+        recipe: Text of the resolved recipe, for what it says about data; of paths only the last name is told.
     """
     return "\n".join(
         [
@@ -62,14 +76,56 @@ def model_card(history: MergeHistory, *, figures: Mapping[str, float], license: 
             _table(("step", "global_step", "group", "operator", "shares"), _step_rows(history.steps)),
             "## Lineage\n",
             _table(("student layer", "teacher layers"), _lineage_rows(history)),
+            *_data(recipe),
             "## Figures\n",
             _table(("figure", "value"), [(name, _number(value)) for name, value in figures.items()]),
-            "## How to load it\n",
+            HOW_TO_LOAD,
             "Plain transformers; lcprune is not needed.\n",
             USAGE,
             *_citations(history.steps),
         ]
     )
+
+
+def with_evaluation(card: str, rows: Sequence[Sequence[str]], note: str) -> str:
+    """The card with these figures as its section about evaluation, instead of earlier ones.
+
+    Args:
+        card: Of `model_card`, perhaps edited since.
+        rows: Header and lines of the table.
+        note: What they were measured on.
+    """
+    section = f"{EVALUATION}\n{_table(rows[0], rows[1:])}\n{note}\n\n"
+    before, heading, behind = card.partition(EVALUATION)
+    if not heading:
+        before, heading, behind = card.partition(HOW_TO_LOAD)
+        return before + section + heading + behind
+    rest = re.search(r"^## ", behind, re.MULTILINE)
+    return before + section + (behind[rest.start() :] if rest else "")
+
+
+def _data(recipe: str | None) -> list[str]:
+    """The recipe's own words about its text, without what is not set."""
+    content = yaml.safe_load(recipe) if recipe is not None else None
+    data = content.get("data") if isinstance(content, Mapping) else None
+    if not isinstance(data, Mapping):
+        return []
+    told = {key: _without_folders(value) for key, value in data.items() if value is not None and key != "tokenizer"}
+    source = "" if {"path", "dataset", "generate"} & told.keys() else BUILT_IN
+    return ["## Data\n", f"What layers were chosen, fitted or trained on, as in `recipe.yaml`.{source}\n", _yaml(told)]
+
+
+def _without_folders(value: object) -> object:
+    """Of a path its last name: where it lies on a machine is nobody else's business."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return PurePath(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
+
+
+def _yaml(content: Mapping[object, object]) -> str:
+    return f"```yaml\n{yaml.safe_dump(dict(content), sort_keys=False)}```\n"
 
 
 def _front_matter(history: MergeHistory, license: str | None) -> str:

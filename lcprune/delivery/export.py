@@ -1,6 +1,6 @@
 """A student becomes a Hugging Face folder that needs nothing of ours, proved by reloading it.
 
-    .student.tmp-4711/   weights, config, tokenizer, history.json, recipe.yaml, README.md
+    .student.tmp-4711/   weights, config, tokenizer, history.json, recipe.yaml, README.md, SHA256SUMS
           |  reloaded with plain transformers: same weights bit for bit, same logits, depth as the history says
           v
     student/             renamed into place; an earlier export leaves only now
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lcprune.delivery.card import model_card
 from lcprune.errors import DiskError, InputError, RunError
+from lcprune.identity import write_checksums
 from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import HISTORY, MergeHistory
 from lcprune.merging.shards import SHARD_BYTES, ShardWriter
@@ -76,6 +77,7 @@ def export(
         tokenizer.save_pretrained(folder)
         _write_account(folder, student, history, recipe=recipe, figures=figures or {}, license=license)
         _prove(student, folder, history)
+        write_checksums(folder)
     return out.resolve()
 
 
@@ -125,6 +127,7 @@ def export_stream(
         tokenizer.save_pretrained(folder)
         _write_account(folder, student, history, recipe=recipe, figures={}, license=license)
         writer.verify()
+        write_checksums(folder)
     return out.resolve()
 
 
@@ -183,7 +186,7 @@ def _write_account(
     license: str | None,
 ) -> None:
     counted = {"layers": history.depth, "parameters": student.num_parameters(), "bytes on disk": folder_size(folder)}
-    card = model_card(history, figures={**counted, **figures}, license=license)
+    card = model_card(history, figures={**counted, **figures}, license=license, recipe=recipe)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / HISTORY).write_text(history.to_json(), encoding="utf-8")
     if recipe is not None:

@@ -1,26 +1,19 @@
 """What a run amounts to in numbers: the rows of the closing table, and figures.json.
 
-Speeds are of the forward pass with logits (prefill), teacher and student in turn in the same process and dtype, so
-that their ratio holds on a machine whose speed drifts.
+Speeds are of the forward pass with logits (prefill), teacher and student in turn in the same process and dtype.
 """
 
-import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lcprune.delivery import speed
 from lcprune.delivery.export import folder_size
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import MergeHistory
-
-REPEATS = 3
-"""Timed passes of each model; the median counts."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +63,4 @@ def throughput(teacher: PreTrainedModel, student_folder: Path, batch: Mapping[st
         batch: `input_ids` [B, T] to run.
     """
     student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=teacher.dtype, device_map={"": teacher.device})
-    ids_BT = batch["input_ids"].to(teacher.device)
-    seconds: dict[str, list[float]] = {"teacher": [], "student": []}
-    for _ in range(REPEATS + 1):
-        for name, model in (("teacher", teacher), ("student", student)):
-            seconds[name].append(_seconds(model, ids_BT))
-    # The first pass of each warms up.
-    return {name: ids_BT.numel() / statistics.median(times[1:]) for name, times in seconds.items()}
-
-
-def _seconds(model: PreTrainedModel, ids_BT: Tensor) -> float:
-    with evaluating(model):
-        _synchronize(ids_BT.device)
-        start = time.perf_counter()
-        model(input_ids=ids_BT, use_cache=False)
-        _synchronize(ids_BT.device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return speed.prefill({"teacher": teacher, "student": student}, batch["input_ids"])

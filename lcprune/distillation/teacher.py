@@ -19,6 +19,7 @@ from lcprune.distillation.head import Head
 from lcprune.distillation.passes import Call, States, Wanted, calls_without_running, forward
 from lcprune.distillation.quantized import Packed
 from lcprune.errors import InputError
+from lcprune.identity import check_weights
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import HEAD_FIELDS, Batch
 from lcprune.merging.surgery import second_view as second_view
@@ -82,7 +83,9 @@ def load(
     *,
     named: str = "model.teacher",
 ) -> PreTrainedModel:
-    """The model of that name or folder, on `device`; raises InputError if there is none or its family is unknown.
+    """The model of that name or folder, on `device`.
+
+    Raises InputError if there is none, its family is unknown, or its weights are not those that were exported.
 
     Args:
         name: Hub name or folder.
@@ -92,6 +95,7 @@ def load(
         named: The setting that names it, for the error.
     """
     layout_of(demo.read_config(name))
+    check_weights(name)
     weights = getattr(torch, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -14,98 +14,29 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from lcprune.delivery import choices
+from lcprune.delivery.choices import Question
 from lcprune.demo import DEMO, load_tokenizer
 from lcprune.distillation.teacher import load
-from lcprune.merging.calibration import evaluating, hidden_states, logits
 from tests.benchmarks.yardstick import Yardstick
 
-TASKS = {"piqa": False, "arc_easy": True}
-"""By name, and whether log-likelihoods are divided by the characters of the choice."""
-TOKENS_AT_ONCE = 2048
-
-
-@dataclass(frozen=True)
-class Row:
-    """A question."""
-
-    context: str
-    choices: Sequence[str]
-    label: int
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """A context with one of its choices, and from which token on it counts."""
-
-    ids: Tensor
-    start: int
-    characters: int
-
-
-def rows_of(path: Path, number: int) -> list[Row]:
-    """So many rows of a task, evenly spaced."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    number = min(number, len(rows))
-    chosen = (rows[place * len(rows) // number] for place in range(number))
-    return [Row(row["context"], row["choices"], row["label"]) for row in chosen]
+TASKS = ("piqa", "arc_easy")
+BY_CHARACTER = ("arc_easy",)
+"""Tasks that acc_norm judges; the others acc."""
 
 
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, by_character: bool
-) -> list[bool]:
-    """Whether the model answers each row rightly."""
-    sentences = [_sentence(tokenizer, row.context, choice) for row in rows for choice in row.choices]
-    by_length = sorted(range(len(sentences)), key=lambda place: len(sentences[place].ids))
-    scores = [0.0] * len(sentences)
-    values = (
-        value for batch in _batches([sentences[place] for place in by_length]) for value in likelihoods(model, batch)
-    )
-    for place, value in zip(by_length, values, strict=True):
-        scores[place] = value / sentences[place].characters if by_character else value
-    rest = iter(scores)
-    answered = [[next(rest) for _ in row.choices] for row in rows]
-    return [mine.index(max(mine)) == row.label for mine, row in zip(answered, rows, strict=True)]
-
-
-def likelihoods(model: PreTrainedModel, batch: Sequence[Sentence]) -> list[float]:
-    """Log-likelihood in nats of every choice behind its context; logits exist for tokens of choices only."""
-    ids_BT = pad_sequence([one.ids for one in batch], batch_first=True)
-    mask_BT = pad_sequence([torch.ones_like(one.ids) for one in batch], batch_first=True)
-    with evaluating(model):
-        states_BTD = hidden_states(model, {"input_ids": ids_BT, "attention_mask": mask_BT})
-        values = []
-        for one, states_TD in zip(batch, states_BTD, strict=True):
-            end = len(one.ids)
-            scored = logits(model, states_TD[one.start - 1 : end - 1]).float()
-            values.append(-cross_entropy(scored, one.ids[one.start :].to(scored.device), reduction="sum").item())
-    return values
-
-
-def _sentence(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> Sentence:
-    ids = tokenizer(f"{context} {choice}", add_special_tokens=False).input_ids
-    start = len(tokenizer(context, add_special_tokens=False).input_ids)
-    return Sentence(torch.tensor(ids), start, len(choice))
-
-
-def _batches(sentences: Sequence[Sentence]) -> list[list[Sentence]]:
-    """Sentences of like length together, about `TOKENS_AT_ONCE` tokens in a batch."""
-    batches: list[list[Sentence]] = []
-    for one in sentences:
-        if not batches or (len(batches[-1]) + 1) * len(one.ids) > TOKENS_AT_ONCE:
-            batches.append([])
-        batches[-1].append(one)
-    return batches
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, questions: Sequence[Question]
+) -> Sequence[bool]:
+    """Whether the model answers each question rightly."""
+    found = choices.answer(model, tokenizer, questions, task)
+    return found.acc_norm if task in BY_CHARACTER else found.acc
 
 
 def main() -> None:
@@ -119,13 +50,13 @@ def main() -> None:
     given = parser.parse_args()
     tokenizer = load_tokenizer(given.teacher)
     yardstick = Yardstick.of((given.data / "wikitext2_tokens_valid.txt").read_text(encoding="utf-8"), tokenizer)
-    rows = {task: rows_of(given.data / f"{task}.jsonl", given.rows) for task in TASKS}
+    rows = {task: choices.read(given.data / f"{task}.jsonl", given.rows) for task in TASKS}
     perplexities: dict[str, float] = {}
-    right: dict[str, dict[str, list[bool]]] = {}
+    right: dict[str, dict[str, Sequence[bool]]] = {}
     for who, name in {"teacher": given.teacher, "student": given.student}.items():
         model = load(name, given.dtype)
         perplexities[who] = yardstick.perplexity(model)
-        right[who] = {task: answers(model, tokenizer, rows[task], by_character=TASKS[task]) for task in TASKS}
+        right[who] = {task: answers(model, tokenizer, task, rows[task]) for task in TASKS}
         shares = ", ".join(f"{task} {sum(found) / len(found):.3f}" for task, found in right[who].items())
         print(f"{who}: perplexity {perplexities[who]:.2f}, {shares}", flush=True)
     figures: dict[str, object] = {

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from lcprune.delivery.card import METHOD_OF_OPERATOR, model_card
+from lcprune.delivery.card import METHOD_OF_OPERATOR, model_card, with_evaluation
 from lcprune.merging.lineage import MergeHistory, MergeStep
 
 
@@ -57,3 +57,47 @@ def test_card_cites_the_papers_of_the_operators_used_and_no_other(operator: str)
 
 def test_card_cites_nothing_for_an_operator_of_the_users_own():
     assert "arxiv" not in model_card(_history("Mine"), figures={})
+
+
+RECIPE = """
+data:
+  tokenizer: /home/me/model
+  path: /home/me/secret/mine.jsonl
+  dataset: null
+  block_size: 256
+  generate: {prompts: ~/prompts.txt, documents: 8, model: null}
+model: {teacher: x}
+"""
+
+
+def test_card_tells_the_data_and_not_where_they_lie():
+    card = model_card(_history("Drop"), figures={}, recipe=RECIPE)
+    section = card.partition("## Data\n")[2].partition("```yaml\n")[2].partition("```")[0]
+    expected = {"path": "mine.jsonl", "block_size": 256, "generate": {"prompts": "prompts.txt", "documents": 8}}
+    assert yaml.safe_load(section) == expected
+    assert "/home" not in card
+
+
+def test_card_names_the_built_in_text_where_no_other_is_set():
+    assert "pydoc_data.topics" in model_card(_history("Drop"), figures={}, recipe="data: {block_size: 256}")
+    assert "pydoc_data.topics" not in model_card(_history("Drop"), figures={}, recipe=RECIPE)
+
+
+@pytest.mark.parametrize("recipe", [None, "model: {teacher: x}"])
+def test_card_without_known_data_says_nothing_of_them(recipe: str | None):
+    assert "## Data" not in model_card(_history("Drop"), figures={}, recipe=recipe)
+
+
+def test_card_holds_the_last_evaluation_and_all_that_was_there_before():
+    card = model_card(_history("Drop"), figures={"layers": 7}).replace("## Figures", "Edited.\n\n## Figures")
+    once = with_evaluation(card, [("", "model"), ("rep-4", "0.9")], "On a text.")
+    twice = with_evaluation(once, [("", "model"), ("rep-4", "0.2")], "On another text.")
+    assert "| rep-4 | 0.9 |" in once
+    assert twice == once.replace("0.9", "0.2").replace("On a text.", "On another text.")
+    assert once.replace(once[once.index("## Evaluation") : once.index("## How to load it")], "") == card
+
+
+def test_evaluation_goes_to_the_end_of_a_card_that_is_not_ours():
+    assert with_evaluation("# Mine\n", [("", "model"), ("rep-4", "0.9")], "On a text.").startswith(
+        "# Mine\n## Evaluation"
+    )

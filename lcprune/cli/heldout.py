@@ -1,0 +1,117 @@
+"""The text that `evaluate` measures on, and in which precision: a recipe's own, a file, or the built-in text."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import PretrainedConfig
+
+from lcprune.cli.training import RecipeCLI
+from lcprune.data.module import TextDataModule
+from lcprune.distillation.pair import Storage, storages
+from lcprune.errors import InputError
+from lcprune.merging.calibration import Batch
+
+BLOCK = 512
+"""Tokens in a block of a text that no recipe goes with, fewer where the model knows fewer positions."""
+OF_FIT = ("ckpt_path", "weights_only", "verbose", "return_predictions")
+"""Keys of a run's recipe.yaml that belong to Lightning's commands, not to what they make."""
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Batches, and how a run would look at them."""
+
+    source: str
+    """Where they come from, in words."""
+    batches: Sequence[Batch]
+    """`input_ids` [B, T] and what says which tokens are scored."""
+    device: torch.device
+    """Where a run of the recipe computes."""
+    teacher: Storage | None = None
+    """How a run of the recipe holds its teacher; None = there is no recipe."""
+    cli: RecipeCLI | None = None
+    """The recipe."""
+
+    def precision(self) -> AbstractContextManager[object]:
+        """What a student's pass runs in: the recipe's autocast, where it has one."""
+        return nullcontext() if self.cli is None else self.cli.trainer.precision_plugin.forward_context()
+
+
+def of_file(path: Path | None, tokenizer: str, config: PretrainedConfig, limit: int | None) -> HeldOutText:
+    """All of a file, or the held-out part of the built-in text.
+
+    Args:
+        path: As `data.path`; None = the built-in text.
+        tokenizer: The model whose tokenizer is used.
+        config: The model's.
+        limit: At most so many blocks.
+    """
+    size = min(BLOCK, getattr(config.get_text_config(), "max_position_embeddings", None) or BLOCK)
+    try:
+        # The file as both parts: all of it is held out.
+        text = TextDataModule(
+            tokenizer=tokenizer,
+            path=path,
+            validation_path=path,
+            block_size=size,
+            validation_blocks=limit,
+        )
+        text.setup()
+    except InputError as error:
+        raise InputError(f"--text {path or ''} cannot be cut into blocks of {size} tokens: {error}") from error
+    source = "held-out part of the built-in text" if path is None else path.name
+    return HeldOutText(source, list(text.val_dataloader()), _usual_device())
+
+
+def of_recipe(path: Path, limit: int | None) -> HeldOutText:
+    """The batches that a run's validation takes, seen as the run sees them.
+
+    Args:
+        path: The recipe; a run's own recipe.yaml, too.
+        limit: At most so many blocks.
+    """
+    cli = RecipeCLI(["--config", _without_fit(path)], run=False)
+    trainer, module = cli.trainer, cli.model
+    try:
+        cli.datamodule.setup()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    loader, most = cli.datamodule.val_dataloader(), trainer.limit_val_batches
+    count = int(len(loader) * most) if isinstance(most, float) else most
+    batches = list(_first(islice(loader, count), limit))
+    if not batches:
+        raise InputError(f"{path}: trainer.limit_val_batches={most} leaves no held-out text: name a text with --text.")
+    teacher = storages(module.weights_dtype, module.teacher_dtype, module.lora, str(trainer.precision))[1]
+    return HeldOutText(f"held-out part of {path.name}'s data", batches, trainer.strategy.root_device, teacher, cli)
+
+
+def _first(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
+    """Batches with so many blocks in all, the last one cut."""
+    for batch in batches:
+        if limit is None:
+            yield batch
+            continue
+        if limit <= 0:
+            return
+        yield {name: tensor[:limit] for name, tensor in batch.items()}
+        limit -= len(batch["input_ids"])
+
+
+def _without_fit(path: Path) -> str:
+    """The recipe, or its content where that has keys which only Lightning's commands know."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path} cannot be read ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict) or content.keys().isdisjoint(OF_FIT):
+        return str(path)
+    return yaml.safe_dump({key: value for key, value in content.items() if key not in OF_FIT}, sort_keys=False)
+
+
+def _usual_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
