@@ -23,7 +23,8 @@ ROOMS = {
     "trained passes quantized teacher beginning adapters pair phases beforehand objectives evaluated cache fill "
     "recall optim checkpoint module throughput callbacks",
     "data": "preprocess sources author generate module",
-    "delivery": "pictures card export figures evaluate report",
+    "delivery": "pictures card export figures evaluate training_log tree plots runs provenance likeness samples page "
+    "wording sections report",
 }
 ROOMS_BELOW = {"merging": (), "data": (), "distillation": ("merging",), "delivery": ("merging",)}
 LEAVES = ("errors", "files", "demo", "identity", "_version")  # importable by all, importing one another at most
