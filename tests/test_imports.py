@@ -22,8 +22,10 @@ ROOMS = {
     "distillation": "schedules accumulation strategies randomness divergences buckets head fused losses metrics levels "
     "trained passes quantized adapters teacher beginning pair phases beforehand objectives evaluated cache fill "
     "recall optim checkpoint module throughput callbacks comparison",
-    "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate origin module",
-    "delivery": "pictures card export decoding choices speed figures evaluate harness hub gguf report",
+    "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate "
+    "origin module",
+    "delivery": "pictures card export decoding choices speed figures evaluate harness hub gguf training_log tree plots "
+    "runs provenance likeness samples page wording sections report",
 }
 ROOMS_BELOW = {"merging": (), "data": (), "distillation": ("merging",), "delivery": ("merging",)}
 LEAVES = ("errors", "files", "demo", "identity", "_version")  # importable by all, importing one another at most

@@ -29,6 +29,7 @@ without training:
   cache      what the teacher says about the training text, stored once; fit then looks it up
   evaluate   a model beside its teacher: tasks, text, agreement, repetition, speed, memory
   export     a checkpoint becomes a Hugging Face folder; --push-to-hub, --gguf
+  report     one run or several as one HTML file: family tree, curves, similarities, generated text
 
 start here:
   lcprune fit --config recipes/quickstart.yaml
@@ -105,10 +106,12 @@ def _run(command: str, arguments: list[str]) -> int:
         from lcprune.cli.evaluating import run
     elif command == "export":
         from lcprune.cli.delivery import run
+    elif command == "report":
+        from lcprune.cli.reporting import run
     else:
         from difflib import get_close_matches
 
-        known = (*TRAINING, "collapse", "score", "data", "cache", "evaluate", "export")
+        known = (*TRAINING, "collapse", "score", "data", "cache", "evaluate", "export", "report")
         near = get_close_matches(command, known, 1)
         raise InputError(
             f"{command!r} is not a command{f', did you mean {near[0]}?' if near else ';'} "

@@ -13,7 +13,8 @@ for fields, so that nobody needs to tell red from green.
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from math import inf, isfinite, nan
@@ -24,13 +25,68 @@ from lcprune.merging.criteria import SAFEST, ranking
 from lcprune.merging.heatmaps import WeightDistances
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
 
 SAFE, LOUD, PLAIN, INK = "#0072B2", "#D55E00", "#B0B4BA", "#333333"
 FIELD = "cividis"
 CEILING = 3.0
 """A score is drawn to scale up to so many times the distance of the upper quartile from the least score."""
 DOTS_PER_INCH = 130
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture's ground and of what is not data."""
+
+    paper: str
+    """The ground."""
+    ink: str
+    """Text."""
+    line: str
+    """Axes, and marks that stand back."""
+    grid: str
+    """Lines to read values by."""
+
+
+LIGHT = Theme("#FFFFFF", INK, PLAIN, "#E8E8E8")
+DARK = Theme("#1B1F24", "#D6DBE1", "#69727D", "#2E343B")
+
+
+@contextmanager
+def canvas(
+    width: float, height: float, *, theme: Theme = LIGHT, font: float = 9, dots: int = DOTS_PER_INCH
+) -> "Iterator[tuple[Figure, BytesIO]]":
+    """A figure to draw on in the house style; when the block ends, the PNG is in the second.
+
+    Args:
+        width: Inches.
+        height: Inches.
+        theme: Colours.
+        font: Size of the text in points.
+        dots: Pixels of the PNG per inch.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "font.size": font,
+        "axes.titlesize": font + 1,
+        "axes.titlelocation": "left",
+        "axes.edgecolor": theme.line,
+        "axes.facecolor": theme.paper,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+    }
+    picture = BytesIO()
+    with rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, picture
+        figure.savefig(picture, format="png", dpi=dots, facecolor=theme.paper)
 
 
 @dataclass(frozen=True)
@@ -82,25 +138,10 @@ def draw_scores(scores: Scores) -> bytes:
     Args:
         scores: Of a model of two layers or more.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style: Any = {
-        "font.size": 9,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "axes.edgecolor": PLAIN,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
     rows = len(scores.criteria) + 2
-    with rc_context(style):
-        figure = Figure(figsize=(15, 1.5 + 1.15 * rows), layout="constrained")
+    with canvas(15, 1.5 + 1.15 * rows) as (figure, picture):
         figure.suptitle(
             f"{scores.model}: which of its {scores.layers} layers are safe to merge?  Lower = safer.\n"
             f"{scores.tokens:,} calibration tokens, weights in {scores.dtype}; "
@@ -124,8 +165,6 @@ def draw_scores(scores: Scores) -> bytes:
         split = 1 + (rows - 1) * 3 // 5
         _cosines(figure.add_subplot(grid[:split, 1]), scores)
         _agreement(figure.add_subplot(grid[split:, 1]), scores)
-        picture = BytesIO()
-        figure.savefig(picture, format="png", dpi=DOTS_PER_INCH, facecolor="white")
     return picture.getvalue()
 
 
