@@ -10,8 +10,21 @@ from lcprune.errors import InputError
 _UNKNOWN = re.compile(r"(?:[Oo]ption '([\w.\-]+)'|unrecognized arguments: --([\w.\-]+))")
 _AMBIGUOUS = re.compile(r"ambiguous option: --([\w.\-]+)")
 _NO_FILE = re.compile(r"Parser key \"([\w.]+)\":\s*(?:Problem with given path: )?.*File does not exist: '?([^'\n]+)'?")
-_NO_CLASS = re.compile(r"(?:Expected a dot import path string: |Import path )'?([\w.\-]+)")
+_NO_CLASS = re.compile(
+    r"(?:Expected a dot import path string: |Import path (?!does not)|Unexpected import path format: )'?([\w.\-]+)"
+    r"|Expected '([\w.\-]+)' to be a|Subclasses are disabled for \w+, thus '([\w.\-]+)'"
+)
+_NO_CLASS_UNNAMED = re.compile(r"Import path does not correspond|expects a function or a callable class")
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
+
+
+class ParseError(InputError):
+    """What a parser has found, without the settings that lead to the class it reads."""
+
+
+def key_of(message: str) -> str:
+    """The setting that a parser's message is about; empty if it says none."""
+    return next(iter(re.findall(r'Parser key "([\w.]+)"', message)), "")
 
 
 def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
@@ -27,14 +40,13 @@ def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
         return f"{match[1]}={match[2]} does not exist: check the path (it counts from the folder the command runs in)."
     if match := _UNKNOWN.search(message):
         return _unknown_setting(match[1] or match[2], settings)
-    key = next(iter(re.findall(r'Parser key "([\w.]+)"', message)), "")
+    key = key_of(message)
     causes = _causes(message)
-    for cause in causes:
-        if match := _NO_CLASS.search(cause):
-            near = _did_you_mean(match[1].rpartition(".")[2], [name for name in lcprune.__all__ if name[0].isupper()])
-            return f"{key}: {match[1]!r} is not a class that fits here{near} (a name of lcprune's, or package.Class)."
     given = next((match[2] for cause in causes if (match := _EXPECTED.search(cause)) and match[2]), None)
-    given = given or next(iter(re.findall(r"Given value: (.*)", message)), None)
+    given = given or next(iter(re.findall(r"(?:Given|Got) value: (.*)", message)), None)
+    if name := _no_class(message, causes, given):
+        near = _did_you_mean(name.rpartition(".")[2], [name for name in lcprune.__all__ if name[0].isupper()])
+        return f"{key}: {name!r} is not a class that fits here{near} (a name of lcprune's, or package.Class)."
     expected = [_plain(match[1]) for cause in causes if (match := _EXPECTED.search(cause))]
     expected = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
     if key and expected and len(expected) == len({cause for cause in causes if "NoneType" not in cause}):
@@ -48,6 +60,14 @@ def cause_of(error: BaseException | None) -> InputError | None:
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _no_class(message: str, causes: Iterable[str], given: str | None) -> str | None:
+    """What was given for a class and is none of the right kind."""
+    for cause in causes:
+        if match := _NO_CLASS.search(cause):
+            return next(name for name in match.groups() if name)
+    return given if given and _NO_CLASS_UNNAMED.search(message) and re.fullmatch(r"[\w.\-]+", given) else None
 
 
 def _unknown_setting(name: str, settings: Iterable[str]) -> str:

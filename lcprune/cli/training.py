@@ -22,9 +22,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcprune import __version__, demo
-from lcprune.cli import tables
+from lcprune.cli import named, tables
 from lcprune.cli.bars import TrainingBar
-from lcprune.cli.messages import cause_of, one_sentence
+from lcprune.cli.messages import ParseError, cause_of, key_of, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import check_target, export
@@ -53,7 +53,10 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises InputError; jsonargparse calls this for every mistake in a recipe or on the command line."""
-        raise cause_of(ex) or InputError(one_sentence(message, self._settings())) from ex
+        cause = cause_of(ex)
+        if isinstance(cause, ParseError) and (key := key_of(message)):
+            raise ParseError(f"{key}: {cause}") from ex  # of the parser of a class inside this one
+        raise cause or ParseError(one_sentence(message, self._settings())) from ex
 
     def _settings(self) -> set[str]:
         """Every setting of this parser and its subcommands, dotted."""
@@ -146,8 +149,10 @@ class RecipeCLI(LightningCLI):
         """Nothing: Lightning's would let a checkpoint's hyper_parameters override recipe and flags without a word."""
 
     def before_instantiate_classes(self) -> None:
-        """Reads our record of the checkpoint, so that a bad one is known before anything is made."""
-        path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
+        """Looks at what the recipe names and reads our record of the checkpoint, before anything is made."""
+        settings = self.config.get(str(self.config.get("subcommand")), self.config)
+        named.check(settings)
+        path = settings.get("ckpt_path")
         # "last", "best" and so on are Lightning's own keywords.
         self.record = None if path is None or path in KEYWORDS else checkpoint.read(Path(path))
 

@@ -210,6 +210,8 @@ def _prove(student: PreTrainedModel, folder: Path, history: MergeHistory) -> Non
         # The student's own attention kernel: another one would differ in the last bits and prove nothing.
         reloaded = AutoModelForCausalLM.from_pretrained(
             folder,
+            use_safetensors=True,
+            trust_remote_code=False,
             dtype=student.dtype,
             device_map={"": student.device},
             attn_implementation=student.config._attn_implementation,

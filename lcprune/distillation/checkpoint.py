@@ -152,7 +152,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     else:
         # From a config alone: transformers has no folder to read, and takes weights and dtype from what it is given.
         config.dtype = dtype
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if lora is not None:
         adapters.attach(model, lora)
     quantized.restore(model, record.packed)

@@ -23,9 +23,11 @@ Lineage = tuple[tuple[int, ...], ...]
 """For every student layer the consecutive teacher layers it descends from, in order; a partition of the teacher."""
 
 FORMAT = 1
+"""Version of the JSON form; a reader refuses a newer one."""
 HISTORY = "history.json"
 """What the file is called in which an exported student says how it came from its teacher."""
-"""Version of the JSON form; a reader refuses a newer one."""
+MOST_LAYERS = 10_000
+"""More than any model has; a damaged number must not take the memory of a lineage."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class MergeHistory:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(self.steps))
-        if self.teacher_depth < 1:
-            raise InputError(f"teacher_depth={self.teacher_depth} must be at least 1.")
+        if not 1 <= self.teacher_depth <= MOST_LAYERS:
+            raise InputError(f"teacher_depth={self.teacher_depth} must lie between 1 and {MOST_LAYERS}.")
         depth = self.teacher_depth
         for step in self.steps:
             if step.group[-1] >= depth:
