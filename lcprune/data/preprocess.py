@@ -68,7 +68,7 @@ def split(stream: Tensor, lengths: Tensor, *, fraction: float, block_size: int, 
     Returns:
         Both parts as streams, in the documents' order; together they are the whole.
     """
-    wanted = max(round(len(stream) * fraction), block_size)
+    wanted = min(max(round(len(stream) * fraction), block_size), len(stream))  # tensors know no larger numbers
     if len(lengths) == 1:
         head = max(len(stream) - wanted, min(block_size, len(stream)))
         return stream[:head], stream[head:]

@@ -185,7 +185,7 @@ def _write_account(
     counted = {"layers": history.depth, "parameters": student.num_parameters(), "bytes on disk": folder_size(folder)}
     card = model_card(history, figures={**counted, **figures}, license=license)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / HISTORY).write_text(history.to_json(), encoding="utf-8")
+    (folder / HISTORY).write_text(history.sealed(), encoding="utf-8")
     if recipe is not None:
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
 

@@ -103,6 +103,8 @@ class DistillationModule(Evaluated):
             for name, (value, values) in allowed.items()
             if value not in values
         ]
+        if optimizer is None:
+            wrong.append("optimizer=null trains nothing: name one, such as torch.optim.AdamW, or leave it out")
         if objective is not None and phases is not None:
             wrong.append("objective and phases both say what is optimized: keep one of them")
         if student is not None and lora is not None and lora.base != "full":
