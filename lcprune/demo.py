@@ -121,7 +121,7 @@ def _unreadable(what: str, model: str, error: Exception) -> InputError:
 def _reason(error: BaseException) -> str:
     while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
         error = error.__cause__  # the outer sentences say which check, the innermost what is wrong
-    lines = [line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip().rstrip(".:").replace(". ", "; ") for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
 
 

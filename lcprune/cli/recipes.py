@@ -30,12 +30,14 @@ def check_all(arguments: Sequence[str]) -> None:
 def check(path: Path) -> None:
     """Raises InputError, with the line, for a file that is not YAML or not a recipe."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        yaml.safe_load(text)  # refuses tags that would make objects of Python's
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
         twice = next(_twice(root, set()), None)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         raise InputError(f"The recipe {path} is not YAML ({error.problem}{line}): correct it.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no date
         reason = str(error).splitlines()[0]
         raise InputError(f"The recipe {path} is not YAML ({reason}): name a text file as in recipes/.") from error
     except OSError as error:
