@@ -67,12 +67,13 @@ def read_config(model: str) -> "PretrainedConfig":
     Raises:
         InputError: There is no such model, or transformers does not know its kind.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     name = resolve(model)
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, *_UNREADABLE, StrictDataclassError) as error:
         raise _unreadable("configuration", model, error) from error
 
 
@@ -86,20 +87,42 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
 
     name = resolve(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, *_UNREADABLE) as error:
+        raise _unreadable("tokenizer", model, error) from error
+    except Exception as error:
+        if type(error) is not Exception:  # what the tokenizers library raises for a file that it cannot read
+            raise
         raise _unreadable("tokenizer", model, error) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
+# What transformers raises for JSON that is whole but means nothing.
+_UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError)
+
+
 def _unreadable(what: str, model: str, error: Exception) -> InputError:
-    offline = " HF_HUB_OFFLINE is set, so only models already in the hub's cache are found," if _offline() else ""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
-    return InputError(
-        f"model {model!r} has no {what} that could be read ({reason}):{offline} check the name (owner/name on the "
-        f"hub), or name a local folder written by save_pretrained, or {DEMO}."
-    )
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"model {model!r} brings a {what} in code of its own, which lcprune never runs: choose a model of a family "
+            "that transformers knows by itself, or convert it to one."
+        )
+    named = f"a model on the hub (owner/name), a local folder written by save_pretrained, or {DEMO}"
+    if Path(resolve(model)).is_dir():
+        way_out = f"save or fetch the model anew, or name {named}"
+    elif _offline():
+        way_out = f"HF_HUB_OFFLINE is set, so only what is in the hub's cache is found: check the name, or name {named}"
+    else:
+        way_out = f"check the name and the network, or name {named}"
+    return InputError(f"model {model!r} has no {what} that could be read ({_reason(error)}): {way_out}.")
+
+
+def _reason(error: BaseException) -> str:
+    while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
+        error = error.__cause__  # the outer sentences say which check, the innermost what is wrong
+    lines = [line.strip().rstrip(".:").replace(". ", "; ") for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
 
 
 def _offline() -> bool:

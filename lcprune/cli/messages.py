@@ -10,8 +10,28 @@ from lcprune.errors import InputError
 _UNKNOWN = re.compile(r"(?:[Oo]ption '([\w.\-]+)'|unrecognized arguments: --([\w.\-]+))")
 _AMBIGUOUS = re.compile(r"ambiguous option: --([\w.\-]+)")
 _NO_FILE = re.compile(r"Parser key \"([\w.]+)\":\s*(?:Problem with given path: )?.*File does not exist: '?([^'\n]+)'?")
-_NO_CLASS = re.compile(r"(?:Expected a dot import path string: |Import path )'?([\w.\-]+)")
+_NO_CLASS = re.compile(
+    r"(?:Expected a dot import path string:\s*|Import path (?!does not)|Unexpected import path format: )'?([\w.\-]*)"
+    r"|Expected '([\w.\-]+)' to be a|Subclasses are disabled for \w+, thus '([\w.\-]+)'"
+)
+_NO_CLASS_UNNAMED = re.compile(
+    r"Import path does not correspond|expects a function or a callable class|Not a valid subclass of"
+)
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
+
+
+_ADVICE = ("Subclass types expect one of", "a class path (str)", "a dict with", "a dict without")
+LONGEST = 100
+"""Characters of a value that a sentence repeats."""
+
+
+class ParseError(InputError):
+    """What a parser has found, without the settings that lead to the class it reads."""
+
+
+def key_of(message: str) -> str:
+    """The setting that a parser's message is about; empty if it says none."""
+    return next(iter(re.findall(r'Parser key "([\w.]+)"', message)), "")
 
 
 def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
@@ -27,20 +47,23 @@ def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
         return f"{match[1]}={match[2]} does not exist: check the path (it counts from the folder the command runs in)."
     if match := _UNKNOWN.search(message):
         return _unknown_setting(match[1] or match[2], settings)
-    key = next(iter(re.findall(r'Parser key "([\w.]+)"', message)), "")
+    key = key_of(message)
     causes = _causes(message)
-    for cause in causes:
-        if match := _NO_CLASS.search(cause):
-            near = _did_you_mean(match[1].rpartition(".")[2], [name for name in lcprune.__all__ if name[0].isupper()])
-            return f"{key}: {match[1]!r} is not a class that fits here{near} (a name of lcprune's, or package.Class)."
     given = next((match[2] for cause in causes if (match := _EXPECTED.search(cause)) and match[2]), None)
-    given = given or next(iter(re.findall(r"Given value: (.*)", message)), None)
+    given = given or next(iter(re.findall(r"(?:Given|Got) value: (.*)", message)), None)
     expected = [_plain(match[1]) for cause in causes if (match := _EXPECTED.search(cause))]
     expected = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
+    numbers = [kind for kind in expected if kind in ("a number", "a whole number")]
+    name = _no_class(message, causes, given)
+    if name is not None and numbers and "." not in name:
+        return f"{key}={_shortened(name)} must be {' or '.join(numbers)}."
+    if name is not None:
+        near = _did_you_mean(name.rpartition(".")[2], [name for name in lcprune.__all__ if name[0].isupper()])
+        return f"{key}: {name!r} is not a class that fits here{near} (a name of lcprune's, or package.Class)."
     if key and expected and len(expected) == len({cause for cause in causes if "NoneType" not in cause}):
-        return f"{key}={given} must be {' or '.join(expected)}."
+        return f"{key}={_shortened(str(given))} must be {' or '.join(expected)}."
     reasons = [cause for cause in causes if "NoneType" not in cause]
-    return (f"{key}: " if key else "") + "; ".join(reasons)[:500]
+    return (f"{key}: " if key else "") + one_line("; ".join(reasons)[:500]) + "."
 
 
 def cause_of(error: BaseException | None) -> InputError | None:
@@ -50,8 +73,22 @@ def cause_of(error: BaseException | None) -> InputError | None:
     return error
 
 
+def _no_class(message: str, causes: Iterable[str], given: str | None) -> str | None:
+    """What was given for a class and is none of the right kind."""
+    for cause in causes:
+        if match := _NO_CLASS.search(cause):
+            return next((name for name in match.groups() if name), "")
+    return _shortened(given) if given and _NO_CLASS_UNNAMED.search(message) else None
+
+
+def one_line(message: object) -> str:
+    """A library's own words as one sentence, without a full stop."""
+    return " ".join(str(message).split()).rstrip(".").replace(". ", "; ")
+
+
 def _unknown_setting(name: str, settings: Iterable[str]) -> str:
     known = [setting for setting in settings if not setting.endswith(".help")]
+    name = _shortened(name)
     first = name.partition(".")[0]
     if first not in (groups := {setting.partition(".")[0] for setting in known}):
         return f"{first!r} is not a setting{_did_you_mean(first, list(groups)) or ':'} compare `lcprune fit --help`."
@@ -63,6 +100,10 @@ def _unknown_setting(name: str, settings: Iterable[str]) -> str:
     return f"{name!r} is not a setting{guess} compare `lcprune fit --help`."
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
 def _did_you_mean(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, 1)
     return f", did you mean {near[0]}?" if near else ""
@@ -70,7 +111,7 @@ def _did_you_mean(word: str, known: list[str]) -> str:
 
 def _causes(message: str) -> list[str]:
     """The innermost lines: without the key, the list of subtypes and the given value."""
-    skipped = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a path but")
+    skipped = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a path but", *_ADVICE)
     lines = [
         re.sub(r"\s+", " ", line).strip(" -") for line in re.sub(r'Parser key "[\w.]+":', "", message).splitlines()
     ]

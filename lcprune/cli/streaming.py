@@ -20,7 +20,6 @@ from lcprune.errors import InputError
 from lcprune.files import write_text
 from lcprune.identity import check_weights
 from lcprune.merging.lineage import MergeHistory
-from lcprune.merging.shards import INDEX, ONE_FILE
 from lcprune.merging.streaming import (
     StoredModel,
     StreamedCalibration,
@@ -29,6 +28,7 @@ from lcprune.merging.streaming import (
     merged_tensors,
     student_of,
 )
+from lcprune.weights import INDEX, ONE_FILE
 
 FLAG = ("--stream", bool, "Read and write the weights layer by layer: memory for a layer and the text's states.")
 """The option of `collapse`."""

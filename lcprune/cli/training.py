@@ -22,9 +22,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcprune import __version__, demo
-from lcprune.cli import tables
+from lcprune.cli import named, recipes, tables
 from lcprune.cli.bars import TrainingBar
-from lcprune.cli.messages import cause_of, one_sentence
+from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import check_target, export
@@ -53,7 +53,10 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises InputError; jsonargparse calls this for every mistake in a recipe or on the command line."""
-        raise cause_of(ex) or InputError(one_sentence(message, self._settings())) from ex
+        cause = cause_of(ex)
+        if isinstance(cause, ParseError) and (key := key_of(message)):
+            raise ParseError(f"{key}: {cause}") from ex  # of the parser of a class inside this one
+        raise cause or ParseError(one_sentence(message, self._settings())) from ex
 
     def _settings(self) -> set[str]:
         """Every setting of this parser and its subcommands, dotted."""
@@ -76,6 +79,7 @@ class RecipeCLI(LightningCLI):
         """
         self.export_to: Path | None = None
         self.record: checkpoint.Record | None = None
+        recipes.check_all(arguments)
         with _argv(arguments):
             super().__init__(
                 DistillationModule,
@@ -111,10 +115,19 @@ class RecipeCLI(LightningCLI):
         if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             settings["callbacks"] = [*callbacks, TrainingBar(leave=False)]
         try:
-            return super().instantiate_trainer(**kwargs)
-        except (ValueError, MisconfigurationException) as error:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
             # Lightning's own words about settings that do not go together.
-            raise cause_of(error) or InputError(f"trainer: {' '.join(str(error).split())}") from error
+            raise cause_of(error) or InputError(f"trainer: {one_line(error)}.") from error
+        _check_amounts(trainer)
+        return trainer
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
+        """As Lightning's, and looks at the seed, which it uses at once."""
+        super().parse_arguments(parser, args)  # type: ignore[arg-type]
+        seed = self.config.get(str(self.config.get("subcommand")), self.config).get("seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything={seed} must lie between 0 and {2**32 - 1}.")
 
     def before_fit(self) -> None:
         """What can go wrong at the end or at the start is looked at first."""
@@ -145,9 +158,21 @@ class RecipeCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning's would let a checkpoint's hyper_parameters override recipe and flags without a word."""
 
+    def instantiate_classes(self) -> None:
+        """As Lightning's, with what a class of the recipe objects to in one sentence."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps what a constructor raises, and names the setting.
+            if cause := cause_of(error) or (key_of(str(error)) and InputError(one_sentence(str(error)))):
+                raise cause from error
+            raise
+
     def before_instantiate_classes(self) -> None:
-        """Reads our record of the checkpoint, so that a bad one is known before anything is made."""
-        path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
+        """Looks at what the recipe names and reads our record of the checkpoint, before anything is made."""
+        settings = self.config.get(str(self.config.get("subcommand")), self.config)
+        named.check(settings)
+        path = settings.get("ckpt_path")
         # "last", "best" and so on are Lightning's own keywords.
         self.record = None if path is None or path in KEYWORDS else checkpoint.read(Path(path))
 
@@ -240,10 +265,19 @@ def run(command: str, arguments: list[str]) -> None:
             raise KeyboardInterrupt from None
         raise
     except MisconfigurationException as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(f"{one_line(error)}.") from error
     except ValueError as error:
         # The parser makes objects of the recipe's classes too, and wraps what they object to.
         raise cause_of(error) or error from error
+
+
+def _check_amounts(trainer: Trainer) -> None:
+    """What Lightning takes and does nothing sensible with."""
+    if trainer.accumulate_grad_batches < 1:
+        raise InputError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1 or more.")
+    clip = trainer.gradient_clip_val
+    if clip is not None and not 0 <= clip < float("inf"):
+        raise InputError(f"trainer.gradient_clip_val={clip} must not be negative: leave it out to clip nothing.")
 
 
 def collapse_of(cli: RecipeCLI) -> ProgressiveCollapse:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lcprune import demo
+from lcprune import demo, weights
 from lcprune.errors import InputError, RunError
 from lcprune.identity import check_weights
 
@@ -144,9 +144,14 @@ def load(name: str) -> "PreTrainedModel":
     check_weights(name)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    weights.check(name, "data.generate.model")
     try:
         return AutoModelForCausalLM.from_pretrained(
-            demo.resolve(name), dtype=torch.bfloat16 if gpu else "auto", device_map={"": device}
+            demo.resolve(name),
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.bfloat16 if gpu else "auto",
+            device_map={"": device},
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

@@ -106,5 +106,5 @@ def _explained(source: str, way_out: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer sentences say nothing
             cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or ["no rows"])[0].rstrip(".: ")
+        reason = (str(cause).strip().splitlines() or ["no rows"])[0].rstrip(".: ").replace(". ", ", ")
         raise InputError(f"{source} could not be read ({reason}): {way_out}.") from error

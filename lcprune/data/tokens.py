@@ -101,7 +101,7 @@ def divided(tokens: Tokens, *, fraction: float, block_size: int, seed: int) -> t
         Both parts, in the documents' order; together they are the whole.
     """
     total = len(tokens.stream)
-    wanted = max(round(total * fraction), block_size)
+    wanted = min(max(round(total * fraction), block_size), total)  # tensors know no larger numbers
     if len(tokens.lengths) == 1:
         head = max(total - wanted, min(block_size, total))
         return tokens.between(0, head), tokens.between(head, total)

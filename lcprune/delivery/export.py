@@ -188,7 +188,7 @@ def _write_account(
     counted = {"layers": history.depth, "parameters": student.num_parameters(), "bytes on disk": folder_size(folder)}
     card = model_card(history, figures={**counted, **figures}, license=license, recipe=recipe)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / HISTORY).write_text(history.to_json(), encoding="utf-8")
+    (folder / HISTORY).write_text(history.sealed(), encoding="utf-8")
     if recipe is not None:
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
 
@@ -213,6 +213,8 @@ def _prove(student: PreTrainedModel, folder: Path, history: MergeHistory) -> Non
         # The student's own attention kernel: another one would differ in the last bits and prove nothing.
         reloaded = AutoModelForCausalLM.from_pretrained(
             folder,
+            use_safetensors=True,
+            trust_remote_code=False,
             dtype=student.dtype,
             device_map={"": student.device},
             attn_implementation=student.config._attn_implementation,

@@ -62,5 +62,11 @@ def throughput(teacher: PreTrainedModel, student_folder: Path, batch: Mapping[st
         student_folder: An export; loaded for the length of the call.
         batch: `input_ids` [B, T] to run.
     """
-    student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=teacher.dtype, device_map={"": teacher.device})
+    student = AutoModelForCausalLM.from_pretrained(
+        student_folder,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=teacher.dtype,
+        device_map={"": teacher.device},
+    )
     return speed.prefill({"teacher": teacher, "student": student}, batch["input_ids"])

@@ -1,5 +1,6 @@
 """What can be known to fail before any weight is loaded, from the settings of a run alone."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PretrainedConfig
 
 from lcprune.distillation.levels import Labels, Logits
@@ -31,15 +32,30 @@ def try_out(make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallab
         The optimizer.
 
     Raises:
-        InputError: If the scheduler is one that is not stepped by the number of optimizer steps.
+        InputError: If one of them cannot be made or stepped, or the scheduler does not follow the optimizer's steps.
     """
-    optimizer = make_optimizer(iter([Parameter(torch.zeros(1))]))
-    if make_scheduler is not None and isinstance(make_scheduler(optimizer), ReduceLROnPlateau):
+    try:
+        optimizer = make_optimizer(iter([Parameter(torch.zeros(1))]))
+        if make_scheduler is not None:
+            _step(make_scheduler(optimizer))
+    except InputError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        name = "model.optimizer or model.lr_scheduler" if make_scheduler else "model.optimizer"
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise InputError(f"{name} cannot be made as it is set ({reason}): correct its init_args.") from error
+    return optimizer
+
+
+def _step(scheduler: LRScheduler | ReduceLROnPlateau) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
         raise InputError(
             "model.lr_scheduler=ReduceLROnPlateau follows a figure, and schedulers are stepped after every optimizer "
             "step here: take RewarmingCosine, RewarmingWSD or one of torch's that follow the step."
         )
-    return optimizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimizer has not been stepped before
+        scheduler.step()
 
 
 @runtime_checkable

@@ -35,7 +35,7 @@ def history_of(folder: Path, teacher: str, depth: int) -> MergeHistory:
             f"model.student={str(folder)!r} holds no {HISTORY}: name a folder that lcprune collapse, fit or export "
             "wrote, or leave model.student out to begin from the teacher."
         )
-    if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+    if not [*folder.glob("*.safetensors")]:
         raise InputError(
             f"model.student={str(folder)!r} holds no weights (*.safetensors): it is not whole, export anew."
         )

@@ -17,6 +17,7 @@ is stored exactly, and streams that leave float16's range (65504) exist. Legend:
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,6 +37,9 @@ from lcprune.merging.calibration import Batch
 FORMAT = 1
 """Version of the layout; a reader refuses any other."""
 MANIFEST = "manifest.json"
+SEAL = "sha256"
+"""Where in a manifest the hash of all the rest is."""
+_SHARD = re.compile(r"shard-\d{5,}\.safetensors")  # no path: nothing outside the folder is opened
 KEY_BYTES = 16
 """Of a block's hash: among 2**40 blocks two are alike with a probability of 2**-49."""
 
@@ -117,7 +121,7 @@ class Manifest:
     def to_json(self) -> str:
         """Text of the file."""
         content = {"format": FORMAT, **asdict(self.origin), "shards": [asdict(shard) for shard in self.shards]}
-        return json.dumps(content, indent=2) + "\n"
+        return json.dumps({**content, SEAL: _hash_of(content)}, indent=2) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -134,15 +138,40 @@ class Manifest:
             )
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
+            seal = content.pop(SEAL, None)  # the first caches had none
+            if seal is not None and seal != _hash_of(content):
+                raise ValueError(f"its {SEAL} differs")
             version = content.pop("format")
             if version == FORMAT:
                 shards = tuple(Shard(**shard) for shard in content.pop("shards"))
-                return cls(Origin(**{**content, "layers": tuple(content["layers"])}), shards)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                manifest = cls(Origin(**{**content, "layers": tuple(content["layers"])}), shards)
+                _check_types(manifest)
+                return manifest
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{file} is not the manifest of a teacher cache ({error}): delete {folder} and make it again."
             ) from error
-        raise InputError(f"{file} has format {version}, this version reads {FORMAT}: make the cache again.")
+        raise InputError(f"{file} has format {version!r}, this version reads {FORMAT}: make the cache again.")
+
+
+def _hash_of(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+_KINDS: dict[object, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raises ValueError for values that no cache was ever written with."""
+    parts: tuple[Origin | Shard, ...] = (manifest.origin, *manifest.shards)
+    values = [(each, getattr(part, each.name)) for part in parts for each in fields(part)]
+    wrong = [(each.name, value) for each, value in values if not isinstance(value, _KINDS.get(each.type, (tuple,)))]
+    numbers = [(each.name, value) for each, value in values if isinstance(value, int | float)]
+    numbers += [("layers", layer) for layer in manifest.origin.layers]
+    wrong += [(name, value) for name, value in numbers if isinstance(value, bool | str) or not 0 <= value < 2**63]
+    wrong += [("file", shard.file) for shard in manifest.shards if not _SHARD.fullmatch(str(shard.file))]
+    if wrong:
+        raise ValueError(f"{wrong[0][0]}={wrong[0][1]!r}")
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     else:
         # From a config alone: transformers has no folder to read, and takes weights and dtype from what it is given.
         config.dtype = dtype
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if lora is not None:
         adapters.attach(model, lora)
     quantized.restore(model, record.packed)
@@ -170,7 +170,7 @@ def _load(path: Path) -> dict[str, object]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ").replace(". ", ", ")
         raise InputError(
             f"ckpt_path={path} cannot be read, it is not a whole checkpoint ({reason[:120]}): name another one."
         ) from error

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig
 from typing_extensions import Self
 
-from lcprune import demo
+from lcprune import demo, weights
 from lcprune.distillation import adapters, beforehand, beginning, objectives, quantized, recall
 from lcprune.distillation import phases as phases_room
 from lcprune.distillation import teacher as teacher_room
@@ -40,7 +40,7 @@ from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teac
 from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
 from lcprune.merging import surgery
-from lcprune.merging.architectures import layout_of
+from lcprune.merging.architectures import check_config, layout_of
 from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import Lineage, MergeHistory
 
@@ -103,6 +103,8 @@ class DistillationModule(Evaluated):
             for name, (value, values) in allowed.items()
             if value not in values
         ]
+        if optimizer is None:
+            wrong.append("optimizer=null trains nothing: name one, such as torch.optim.AdamW, or leave it out")
         if objective is not None and phases is not None:
             wrong.append("objective and phases both say what is optimized: keep one of them")
         if student is not None and lora is not None and lora.base != "full":
@@ -143,7 +145,9 @@ class DistillationModule(Evaluated):
     def teacher_config(self) -> PretrainedConfig:
         """The original's config; read without its weights."""
         if self._config is None:
-            self._config = demo.read_config(self.teacher_name)
+            config = demo.read_config(self.teacher_name)
+            weights.check(self.teacher_name)
+            self._config = config
         return self._config
 
     @property
@@ -161,6 +165,7 @@ class DistillationModule(Evaluated):
     def begun(self) -> MergeHistory:
         """How the student came from the teacher before this run."""
         depth = layout_of(self.teacher_config).depth_of(self.teacher_config)
+        check_config(self.teacher_config, f"model.teacher={self.teacher_name!r}")
         if self.student_folder is not None:
             return beginning.history_of(self.student_folder, self.teacher_name, depth)
         return MergeHistory(depth, teacher=self.teacher_name)

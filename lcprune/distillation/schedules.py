@@ -8,6 +8,7 @@ remembered for a resume:
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from lcprune.errors import InputError
 
@@ -101,7 +102,7 @@ class EveryNSteps(Schedule):
 
     def milestones(self, depth: int) -> tuple[Milestone, ...]:
         """Steps first, first + every, ... up to last."""
-        steps = range(self.first, self.last + 1, self.every)
+        steps = range(self.first, self.last + 1, self.every)[:depth]  # after so many nothing is left
         return tuple((step, depth - self.layers * (index + 1)) for index, step in enumerate(steps))
 
 
@@ -138,6 +139,6 @@ class Evenly(Schedule):
             return ((self.first, self.target_depth),)
         merges = min(self.merges, layers)
         last = self.first if self.last is None else self.last
-        distance = (last - self.first) / max(merges - 1, 1)
+        distance = Fraction(last - self.first, max(merges - 1, 1))
         gone = [-(-layers * (index + 1) // merges) for index in range(merges)]
         return tuple((self.first + round(distance * index), depth - gone[index]) for index in range(merges))

@@ -5,15 +5,15 @@ to itself, and is moved by hand. The student is built around the teacher's own t
 parameter is not trained nor merged there is one copy of it in memory; surgery gives a merged parameter its own.
 """
 
-from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lcprune import demo
+from lcprune import demo, weights
 from lcprune.distillation import adapters, quantized
 from lcprune.distillation.head import Head
 from lcprune.distillation.passes import Call, States, Wanted, calls_without_running, forward
@@ -96,19 +96,51 @@ def load(
     """
     layout_of(demo.read_config(name))
     check_weights(name)
-    weights = getattr(torch, dtype)
+    weights.check(name, named)
+    kind = getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             demo.resolve(name),
-            dtype=weights,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=kind,
             device_map={"": torch.device(device)},
-            quantization_config=None if packed is None else quantized.config_for(packed, weights),
+            quantization_config=None if packed is None else quantized.config_for(packed, kind),
+            ignore_mismatched_sizes=True,  # they are told of, too
+            output_loading_info=True,
         )
-        quantized.settle(model)
-        return model
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"The weights of {named}={name!r} cannot be loaded ({reason})") from error
+        reason = str(error).strip().splitlines()[0].rstrip(".: ")
+        raise InputError(
+            f"The weights of {named}={name!r} cannot be loaded ({reason}): save or fetch the model anew."
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    _check_loaded(model, loaded[1], f"{named}={name!r}")
+    quantized.settle(model)
+    return model
+
+
+def _check_loaded(model: PreTrainedModel, found: Mapping[str, Iterable[object]], named: str) -> None:
+    """Refuses what transformers makes up where the files hold nothing that fits, and numbers that are none."""
+    mismatched = (str(each[0]) for each in found["mismatched_keys"])  # type: ignore[index]
+    made_up = sorted({*map(str, found["missing_keys"]), *mismatched})
+    if made_up:
+        raise InputError(
+            f"The weights of {named} lack {len(made_up)} of the tensors that its config.json asks for, or hold them in "
+            f"another shape, first {made_up[0]}: save or fetch the model anew."
+        )
+    broken = next((name for name, parameter in model.named_parameters() if not _is_finite(parameter)), None)
+    if broken is not None:
+        raise InputError(
+            f"The weights of {named} hold numbers that are not finite, first in {broken}: save or fetch the model "
+            "anew, or choose another dtype if they are too large for this one."
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:

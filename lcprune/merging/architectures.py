@@ -15,6 +15,7 @@ earliest among equals). Config entries and module settings come from that member
 import copy
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -51,6 +52,34 @@ def layout_of(config: PretrainedConfig) -> LayerLayout:
 _RECOGNISED: dict[tuple[str, ...], LayerLayout] = {}
 
 
+def check_config(config: PretrainedConfig, named: str) -> None:
+    """Refuses a config that describes no model of plain numbers; the model is built without weights to see.
+
+    Args:
+        config: Of the model.
+        named: The setting that names the model, and its value.
+
+    Raises:
+        InputError: Its weights are packed, no floating-point numbers or in a file elsewhere, or nothing can be built.
+    """
+    dtype, file = config.dtype, getattr(config, "transformers_weights", None)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{named} is quantised, and packed numbers cannot be merged: name it as it was before that.")
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise InputError(f"{named} says dtype={dtype} in its config.json, which is no floating-point type: correct it.")
+    if file is not None and (Path(file).name != file or not file.endswith(".safetensors")):
+        raise InputError(f"{named} says transformers_weights={file!r}, no safetensors file in its folder: correct it.")
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except _CANNOT_BE_BUILT as error:
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".: ")
+        raise InputError(
+            f"{named}: transformers cannot build the model that its config.json describes ({type(error).__name__}: "
+            f"{reason[:200]}): correct the config, or fetch the model anew."
+        ) from error
+
+
 def _unmet(layout: LayerLayout, config: PretrainedConfig) -> list[str]:
     return [name for name, allowed in layout.only.items() if getattr(config, name, None) not in allowed]
 
@@ -66,14 +95,23 @@ def _unfit(config: PretrainedConfig, layout: LayerLayout) -> str:
 
 
 # What the constructors of transformers' models raise for configs of encoders, of other tasks and of missing packages.
-_CANNOT_BE_BUILT = (ValueError, ImportError, RuntimeError, TypeError, AttributeError, KeyError, AssertionError)
+_CANNOT_BE_BUILT = (
+    ValueError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+)
 
 
 def _recognise(config: PretrainedConfig) -> LayerLayout:
     """A record for a family that has none, read off a model without weights."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except _CANNOT_BE_BUILT as error:
         raise InputError(_unknown(config, "transformers builds no causal LM from its config")) from error
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]

@@ -171,7 +171,7 @@ def one_of(
 def on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The model that a config describes, in the dtype it is stored in, with shapes and no weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     assert isinstance(model, PreTrainedModel)
     return model
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import UnionType
+from typing import TypeGuard
 
 from lcprune.errors import InputError
 
@@ -23,9 +24,13 @@ Lineage = tuple[tuple[int, ...], ...]
 """For every student layer the consecutive teacher layers it descends from, in order; a partition of the teacher."""
 
 FORMAT = 1
+"""Version of the JSON form; a reader refuses a newer one."""
 HISTORY = "history.json"
 """What the file is called in which an exported student says how it came from its teacher."""
-"""Version of the JSON form; a reader refuses a newer one."""
+SEAL = "sha256"
+"""Where in the JSON of a sealed history its hash is; without it, as in a plan, nothing is compared."""
+MOST_LAYERS = 10_000
+"""More than any model has; a damaged number must not take the memory of a lineage."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class MergeStep:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", tuple(self.group))
-        object.__setattr__(self, "shares", tuple(float(share) for share in self.shares))
+        object.__setattr__(self, "shares", tuple(_share(share) for share in self.shares))
         consecutive = all(right == left + 1 for left, right in zip(self.group, self.group[1:], strict=False))
         if len(self.group) < 2 or not consecutive or self.group[0] < 0:
             raise InputError(
@@ -94,8 +99,8 @@ class MergeHistory:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(self.steps))
-        if self.teacher_depth < 1:
-            raise InputError(f"teacher_depth={self.teacher_depth} must be at least 1.")
+        if not 1 <= self.teacher_depth <= MOST_LAYERS:
+            raise InputError(f"teacher_depth={self.teacher_depth} must lie between 1 and {MOST_LAYERS}.")
         depth = self.teacher_depth
         for step in self.steps:
             if step.group[-1] >= depth:
@@ -158,12 +163,17 @@ class MergeHistory:
         """Stable, indented JSON."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
+    def sealed(self) -> str:
+        """The JSON with a hash of everything in it, for an account that nobody is meant to edit."""
+        content = {**self.to_dict(), SEAL: self.digest}
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
     @classmethod
     def from_json(cls, text: str) -> "MergeHistory":
-        """The history written by `to_json`; raises InputError if the text is not such JSON."""
+        """The history written by `to_json` or `sealed`; raises InputError for another text, or one that was changed."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
             raise InputError(f"This plan or history is not JSON ({error}).") from error
         return _parse(data)
 
@@ -174,31 +184,42 @@ class MergeHistory:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"The plan or history file {path} cannot be read ({error.strerror}).") from error
-        except (InputError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: This plan or history is not JSON in UTF-8 ({error.reason}).") from error
+        except InputError as error:
             raise InputError(f"{path}: {error}") from error
+
+
+def _share(value: float) -> float:
+    return float(value) if abs(value) <= 1 else float("nan")  # which no sum makes right; larger ones may be no floats
 
 
 def _parse(data: object) -> MergeHistory:
     if not isinstance(data, Mapping):
         raise InputError(f"A plan or history is a JSON object, not {type(data).__name__}.")
-    wrong = [key for key in data if key not in ("format", "teacher", "teacher_depth", "steps")]
+    known = ("format", "teacher", "teacher_depth", "steps", SEAL)
+    wrong = [key for key in data if key not in known]
     if wrong:
-        raise InputError(
-            f"A plan or history has the unknown key {wrong[0]!r}; known are format, teacher, teacher_depth, steps."
-        )
+        raise InputError(f"A plan or history has the unknown key {wrong[0]!r}; known are {', '.join(known)}.")
     version = data.get("format")
-    if version != FORMAT:
+    if version != FORMAT or isinstance(version, bool):
         raise InputError(f"format={version!r} of this plan or history is not {FORMAT}, the one this version reads.")
     depth = data.get("teacher_depth")
-    if not isinstance(depth, int) or isinstance(depth, bool):
+    if not _is_whole(depth):
         raise InputError(f"teacher_depth={depth!r} must be a whole number of layers.")
     teacher = data.get("teacher", "")
-    if not isinstance(teacher, str):
+    if not isinstance(teacher, str) or not _is_text(teacher):
         raise InputError(f"teacher={teacher!r} must be the name of a model.")
     steps = data.get("steps", ())
     if not isinstance(steps, list | tuple):
         raise InputError(f"steps={steps!r} must be a list of merge steps.")
-    return MergeHistory(depth, tuple(_parse_step(index, step) for index, step in enumerate(steps)), teacher)
+    history = MergeHistory(depth, tuple(_parse_step(index, step) for index, step in enumerate(steps)), teacher)
+    if data.get(SEAL, history.digest) != history.digest:
+        raise InputError(
+            f"This history is not as it was written ({SEAL} differs): take it from a whole export, or delete the entry "
+            f"{SEAL!r} if you have edited it on purpose."
+        )
+    return history
 
 
 def _parse_step(index: int, data: object) -> MergeStep:
@@ -224,9 +245,18 @@ def _parse_step(index: int, data: object) -> MergeStep:
             raise InputError(f"steps[{index}].{name}={dict(value)} must hold numbers by name.")
     if refit is not None and not isinstance(refit, Mapping):
         raise InputError(f"steps[{index}].refit={refit!r} must be an object or null.")
-    if not _is_list_of([0 if global_step is None else global_step], int):
+    if global_step is not None and not (_is_whole(global_step) and global_step >= 0):
         raise InputError(f"steps[{index}].global_step={global_step!r} must be a whole number or null.")
     return MergeStep(tuple(group), operator, tuple(shares), scores, global_step, measured, refit)  # type: ignore[arg-type]
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written down: JSON can spell halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_list_of(value: object, kind: type | UnionType) -> bool:

@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 
 from lcprune.errors import InputError, RunError
+from lcprune.weights import INDEX, ONE_FILE, files_of
 
-ONE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """Most bytes of one written file, unless a single tensor is larger."""
 PIECE = 2**22
@@ -82,7 +81,7 @@ class Shards:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         """Every tensor by name."""
-        for file in _files(folder):
+        for file in files_of(folder):
             self.entries |= _read_header(file)
 
     def read(self, name: str) -> Tensor:
@@ -206,27 +205,6 @@ class ShardWriter:
         for piece in shards.pieces(name):
             checksum = zlib.crc32(_bytes(piece), checksum)
         return checksum == self._sums[name]
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if (folder / ONE_FILE).is_file():
-        return [folder / ONE_FILE]
-    if not index.is_file():
-        pickled = any(folder.glob("pytorch_model*.bin"))
-        found = "only pickled weights (pytorch_model.bin)" if pickled else f"neither {ONE_FILE} nor {INDEX}"
-        raise InputError(
-            f"The folder {folder} holds {found}: weights can be read layer by layer from safetensors files only; "
-            "load the model once and save it with save_pretrained, or choose one stored so."
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError, TypeError) as error:
-        raise InputError(f"{index} is not an index of safetensors files ({error}): fetch the model again.") from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise InputError(f"{index} names {len(missing)} files that are not there, first {missing[0]}: fetch them.")
-    return [folder / name for name in names]
 
 
 def _read_header(file: Path) -> dict[str, Entry]:

@@ -244,7 +244,7 @@ def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 def without_weights(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model that a config describes; what takes memory is on the meta device, buffers have their values."""
     with _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
     assert isinstance(model, PreTrainedModel)
     return model.eval().requires_grad_(False)
 

@@ -246,6 +246,6 @@ def test_unknown_family_is_refused_with_the_difference_the_known_ones_and_the_re
 def test_layers_of_different_shapes_are_not_llamas(monkeypatch: pytest.MonkeyPatch):
     model = tiny_llama(n_layers=3)
     model.model.layers[1].mlp.down_proj = nn.Linear(64, 33, bias=False)
-    monkeypatch.setattr(architectures.AutoModelForCausalLM, "from_config", lambda config: model)
+    monkeypatch.setattr(architectures.AutoModelForCausalLM, "from_config", lambda config, **_: model)
     with pytest.raises(InputError, match="its layers differ in shape"):
         layout_of(GraniteConfig(**SIZES))

@@ -142,9 +142,9 @@ def test_operator_without_a_class_path_is_refused(operator: dict[str, object]):
         MergeStep((1, 2), operator, (0.5, 0.5))
 
 
-@pytest.mark.parametrize("depth", [0, -1])
-def test_teacher_without_layers_is_refused(depth: int):
-    with pytest.raises(InputError, match=f"teacher_depth={depth} must be at least 1"):
+@pytest.mark.parametrize("depth", [0, -1, 10**9])
+def test_teacher_without_layers_or_with_too_many_is_refused(depth: int):
+    with pytest.raises(InputError, match=f"teacher_depth={depth} must lie between 1 and"):
         MergeHistory(depth)
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcprune.errors import InputError, RunError
-from lcprune.merging.shards import INDEX, ONE_FILE, Shards, ShardWriter
+from lcprune.merging.shards import Shards, ShardWriter
+from lcprune.weights import INDEX, ONE_FILE
 
 DTYPES = (
     torch.float64,

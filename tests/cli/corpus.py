@@ -1,0 +1,309 @@
+"""Bad input, and what lcprune says to it: the corpus that test_bad_input.py runs, to be read as documentation.
+
+An entry is a name, the mistake, and the parts that the one sentence must have: field, value and the way out.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+Parts = tuple[str, ...]
+
+
+def of(class_path: str, **init_args: object) -> dict[str, object]:
+    """A class in a recipe."""
+    return {"class_path": class_path, "init_args": init_args}
+
+
+# What is changed in a good recipe (dotted with `__`).
+RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
+    "misspelt trainer key": ({"trainer__max_stepz": 3}, ("max_stepz", "did you mean", "max_steps")),
+    "misspelt section": ({"modle": {"teacher": "x"}}, ("modle", "did you mean model")),
+    "misspelt argument of a class": (
+        {"collapse__schedule": of("Evenly", target_dept=4)},
+        ("collapse.schedule", "target_dept", "did you mean", "target_depth"),
+    ),
+    "unknown planner": ({"collapse__planner": "OneShotRankin"}, ("OneShotRankin", "did you mean OneShotRanking")),
+    "unknown level": ({"model__objective": [{"class_path": "Logitz"}]}, ("Logitz", "did you mean Logits")),
+    "class of another family": ({"collapse__operator": "OneShotRanking"}, ("collapse.operator", "OneShotRanking")),
+    "unknown optimizer": ({"model__optimizer": {"class_path": "torch.optim.AdamX"}}, ("model.optimizer", "AdamX")),
+    "no optimizer": ({"model__optimizer": None}, ("optimizer=null", "torch.optim.AdamW")),
+    "empty optimizer": ({"model__optimizer": ""}, ("model.optimizer: ''", "package.Class")),
+    "number for an optimizer": ({"model__optimizer": 3}, ("model.optimizer: '3'", "package.Class")),
+    "word for a learning rate": (
+        {"model__optimizer": of("AdamW", lr="fast")},
+        ("model.optimizer: lr=fast must be a number",),
+    ),
+    "negative learning rate": (
+        {"model__optimizer": of("AdamW", lr=-1)},
+        ("model.optimizer", "Invalid learning rate: -1.0", "init_args"),
+    ),
+    "scheduler that divides by zero": (
+        {"model__lr_scheduler": of("StepLR", step_size=0)},
+        ("model.lr_scheduler cannot be made", "init_args"),
+    ),
+    "misspelt argument of a scheduler": (
+        {"model__lr_scheduler": of("RewarmingCosine", warmup=3)},
+        ("model.lr_scheduler", "'warmup'", "did you mean warmup_steps"),
+    ),
+    "negative warmup": (
+        {"model__lr_scheduler": of("RewarmingCosine", warmup_steps=-1)},
+        ("warmup_steps=-1", "negative"),
+    ),
+    "text for a number": ({"data__block_size": "x"}, ("data.block_size=x", "whole number")),
+    "fraction for a whole number": ({"trainer__max_steps": 1.5}, ("trainer.max_steps=1.5", "whole number")),
+    "list for a number": ({"trainer__max_steps": [3]}, ("trainer.max_steps=[3]", "whole number")),
+    "number for a name": ({"model__teacher": 3}, ("model.teacher=3 must be text",)),
+    "null for a name": ({"model__teacher": None}, ("model.teacher=None must be text",)),
+    "empty name": ({"model__teacher": ""}, ("data.tokenizer is empty", "hub model", "demo:smollm2")),
+    "word outside a list": ({"model__train": "layer"}, ("model.train=layer", "all, layers")),
+    "precision that is none": ({"trainer__precision": "int3"}, ("trainer.precision=int3", "bf16-mixed")),
+    "callback that is none": ({"trainer__callbacks": 3}, ("trainer.callbacks: '3'", "package.Class")),
+    "devices that are none": ({"trainer__devices": "many"}, ("trainer: ", "devices", "int > 0")),
+    "accelerator that is none": ({"trainer__accelerator": "quantum"}, ("accelerator='quantum'", "cpu")),
+    "strategy that is none": ({"trainer__strategy": "nonsense"}, ("strategy='nonsense'", "ddp")),
+    "time that is none": ({"trainer__max_time": "soon"}, ("duration='soon'", "DD:HH:MM:SS")),
+    "steps below nothing": ({"trainer__max_steps": -5}, ("max_steps", "-5", "non-negative")),
+    "accumulation of nothing": (
+        {"trainer__accumulate_grad_batches": 0},
+        ("trainer.accumulate_grad_batches=0", "1 or more"),
+    ),
+    "negative clipping": ({"trainer__gradient_clip_val": -1}, ("trainer.gradient_clip_val=-1", "leave it out")),
+    "seed out of range": ({"seed_everything": 2**70}, (f"seed_everything={2**70}", "between 0 and 4294967295")),
+    "target depth 0": ({"collapse__schedule": of("Evenly", target_depth=0)}, ("target_depth=0", "at least 1")),
+    "target depth of the model": (
+        {"collapse__schedule": of("Evenly", target_depth=6)},
+        ("target depth 6", "between 1 and 5"),
+    ),
+    "target depth above the model's": (
+        {"collapse__schedule": of("Evenly", target_depth=40)},
+        ("target depth 40", "between 1 and 5", "6 layers"),
+    ),
+    "more merges than anybody can count": (
+        {"collapse__schedule": of("EveryNSteps", every=1, first=0, last=10**30)},
+        ("EveryNSteps", "target depth 0", "between 1 and 5"),
+    ),
+    "merge behind the end": ({"trainer__max_steps": 2}, ("step 3", "max_steps=2", "train longer")),
+    "negative weight": ({"model__objective": [of("Logits", weight=-1)]}, ("weight=-1", "positive")),
+    "word for a weight": (
+        {"model__objective": [of("Logits", weight="x")]},
+        ("model.objective: weight=x must be a number",),
+    ),
+    "level twice": ({"model__objective": [{"class_path": "Logits"}, {"class_path": "Logits"}]}, ("none twice",)),
+    "missing model": ({"model__teacher": "./nowhere"}, ("./nowhere", "does not exist", "demo:smollm2")),
+    "model that is not on the hub": ({"model__teacher": "nobody/nothing-at-all"}, ("nobody/nothing-at-all", "local")),
+    "layer that is not there": (
+        {"collapse__planner": of("FixedPlan", groups=[[5, 6, 7]])},
+        ("layer 7", "0 to 5"),
+    ),
+    "optimizer that cannot start afresh": (
+        {"model__optimizer": of("torch.optim.NAdam", lr=1e-3)},
+        ("NAdam", "starts at zero", "AdamW"),
+    ),
+    "scheduler of a figure": (
+        {"model__lr_scheduler": of("lightning.pytorch.cli.ReduceLROnPlateau", monitor="val/perplexity")},
+        ("ReduceLROnPlateau", "RewarmingCosine"),
+    ),
+    "nothing to train before the first merge": (
+        {"model__train": "after_merge", "collapse__schedule": of("Evenly", target_depth=4, first=3)},
+        ("train=after_merge trains nothing before the first merge", "collapse.schedule.first: 0"),
+    ),
+    "boundary alone under ddp": (
+        {"trainer__strategy": "ddp", "model__objective": [{"class_path": "Boundary"}]},
+        ("Boundary", "add Logits", "ddp_find_unused_parameters_true"),
+    ),
+    "averaging that forgets merges": (
+        {"trainer__callbacks": [of("lightning.pytorch.callbacks.StochasticWeightAveraging", swa_lrs=0.1)]},
+        ("trainer.callbacks", "StochasticWeightAveraging", "remove it"),
+    ),
+    "strategy that cannot merge": ({"trainer__strategy": "fsdp"}, ("fsdp",)),
+}
+
+# The text of a recipe's file.
+TEXTS: dict[str, tuple[str, Parts]] = {
+    "empty file": ("", ("holds no sections", "model, data, trainer, collapse")),
+    "a word": ("hello\n", ("holds no sections", "recipes/")),
+    "a list": ("- model\n- data\n", ("holds no sections", "recipes/")),
+    "no YAML": ("model: {teacher: [\n", ("is not YAML", "line 2", "correct it")),
+    "tabs": ("model:\n\tteacher: x\n", ("is not YAML", "line 2", "correct it")),
+    "bytes that are no text": ("\x00\x01", ("is not YAML", "name a text file")),
+    "deep nesting": ("model: " + "[" * 3000 + "]" * 3000, ("is not YAML", "name a text file")),
+    "section twice": ("model: {teacher: x}\nmodel: {teacher: y}\n", ("'model' twice", "line 2", "keep one")),
+    "setting twice": ("data: {seed: 1, path: x, seed: 2}\n", ("'seed' twice", "line 1", "keep one")),
+    "section without settings": ("model:\ndata: {seed: 1}\n", ("no settings under 'model'", "line 1", "leave")),
+    "number for a section": ("trainer: 3\n", ("no settings under 'trainer'", "line 1", "leave")),
+    "key that is no name": ("1: 2\n", ("the key '1'", "line 1", "the sections are model")),
+    "section in another language": ("modèle: 3\n", ("'modèle' is not a setting", "did you mean model?")),
+    "object of Python's": (
+        "model: {teacher: !!python/object/apply:os.getcwd []}\n",
+        ("is not YAML", "python/object/apply:os.getcwd"),
+    ),
+}
+
+# Name and content of data.path, with what is changed beside it.
+DATA: dict[str, tuple[str, bytes, dict[str, object], Parts]] = {
+    "empty file": ("x.jsonl", b"", {}, ("data.path=", "is empty", "give a file with text")),
+    "file of blanks": ("x.txt", b"  \n ", {}, ("holds no text", "give a file")),
+    "unknown kind of file": ("x.docx", b"x", {}, ("'.docx'", ".jsonl, .json, .csv, .parquet, .txt", "convert")),
+    "no JSON": ("x.jsonl", b'{"text": \n', {}, ("could not be read", "really is jsonl")),
+    "no Parquet": ("x.parquet", b"PAR1garbage", {}, ("could not be read", "really is parquet")),
+    "no UTF-8": ("x.txt", b"\xe4\xf6\xfc" * 99, {}, ("could not be read", "UTF-8")),
+    "numbers for text": ("x.jsonl", b'{"text": 3}\n' * 9, {}, ("data.text_column='text'", "int values", "strings")),
+    "lists for text": ("x.jsonl", b'{"text": ["a"]}\n' * 9, {}, ("data.text_column='text'", "list values", "strings")),
+    "another column": ("x.jsonl", b'{"body": "x"}\n' * 9, {}, ("data.text_column='text'", "columns body", "set")),
+    "nothing but nulls": ("x.jsonl", b'{"text": null}\n' * 9, {}, ("holds no text", "give a file")),
+    "block longer than the text": (
+        "x.txt",
+        b"a" * 999,
+        {"data__block_size": 10**5},
+        ("100000", "lower data.block_size"),
+    ),
+    "block longer than any text": ("x.txt", b"a" * 999, {"data__block_size": 10**30}, ("lower data.block_size",)),
+    "batch larger than the text": (
+        "x.txt",
+        b"a" * 9999,
+        {"data__batch_size": 5000},
+        ("data.batch_size=5000", "lower data.batch_size"),
+    ),
+    "several mistakes at once": (
+        "x.txt",
+        b"a" * 999,
+        {"data__batch_size": 0, "data__block_size": 1, "data__validation_fraction": 1.5},
+        ("data.batch_size=0 must be 1 or more", "data.block_size=1", "data.validation_fraction=1.5"),
+    ),
+    "two sources": ("x.txt", b"a" * 999, {"data__dataset": "a/b"}, ("data.path", "data.dataset='a/b'", "keep one")),
+    "missing file": ("x.txt", b"", {"data__path": "nowhere.jsonl"}, ("data.path=nowhere.jsonl", "does not exist")),
+}
+
+
+def _config(**settings: object) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | settings))
+
+    return spoil
+
+
+def _file(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+# What is done to a good model's folder.
+MODELS: dict[str, tuple[Callable[[Path], object], Parts]] = {
+    "pickled weights": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        ("model.teacher", "only pickled weights (pytorch_model.bin)", "save_pretrained"),
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ("model.teacher", "neither", "choose one")),
+    "weights cut off": (_file("model.safetensors", b"\x08"), ("no whole safetensors file", "fetch or save it again")),
+    "an adapter": (_file("adapter_config.json", b"{}"), ("adapter_config.json", "merge_and_unload")),
+    "no config": (lambda folder: (folder / "config.json").unlink(), ("holds no config.json", "save_pretrained")),
+    "config that is no JSON": (_file("config.json", b"{"), ("no configuration that could be read", "fetch the model")),
+    "config without a kind": (_file("config.json", b"{}"), ("no configuration", "model_type", "fetch the model")),
+    "word for a depth": (_config(num_hidden_layers="six"), ("'num_hidden_layers' expected int", "fetch the model")),
+    "negative depth": (_config(num_hidden_layers=-3), ("teacher_depth=-3", "between 1 and")),
+    "depth of no model": (_config(num_hidden_layers=10**9), ("teacher_depth=1000000000", "between 1 and")),
+    "no heads": (_config(num_attention_heads=0), ("no configuration that could be read", "fetch the model")),
+    "unknown activation": (_config(hidden_act="nonsense"), ("cannot build", "'nonsense'", "correct the config")),
+    "negative vocabulary": (_config(vocab_size=-1), ("cannot build", "correct the config")),
+    "dtype of whole numbers": (_config(dtype="int8"), ("dtype=torch.int8", "correct it")),
+    "quantised model": (_config(quantization_config={"quant_method": "gptq"}), ("is quantised", "before that")),
+    "weights named elsewhere": (
+        _config(transformers_weights="../x.safetensors"),
+        ("transformers_weights='../x.safetensors'", "correct it"),
+    ),
+    "code of its own": (
+        _config(model_type="mine", auto_map={"AutoConfig": "code.Config"}),
+        ("in code of its own", "never runs", "choose a model"),
+    ),
+    "encoder": (_config(model_type="bert"), ("model_type='bert'", "it knows llama", "LayerLayout")),
+    "tokenizer that is no JSON": (
+        _file("tokenizer.json", b"{"),
+        ("no tokenizer that could be read", "fetch the model"),
+    ),
+    "tokenizer of nothing": (_file("tokenizer.json", b'{"a": 1}'), ("no tokenizer that could", "fetch the model")),
+}
+
+
+def _of_another_model(path: Path) -> None:
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["lcprune"]["fingerprint"]["hidden_size"] = 4096
+    torch.save(checkpoint, path)
+
+
+# What is done to a good checkpoint.
+CHECKPOINTS: dict[str, tuple[Callable[[Path], object], Parts]] = {
+    "another model's": (_of_another_model, ("another model", "hidden_size 4096", "name the model")),
+    "another program's": (lambda path: torch.save({"state_dict": {}}, path), ("did not write", "a run's folder")),
+    "a list": (lambda path: torch.save([1, 2], path), ("not a Lightning checkpoint", "a run's folder")),
+    "cut off": (
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        ("not a whole checkpoint", "name another one"),
+    ),
+    "empty": (lambda path: path.write_bytes(b""), ("not a whole checkpoint", "name another one")),
+    "safetensors": (
+        lambda path: save_file({"x": torch.ones(2)}, path),
+        ("not a whole checkpoint", "name another one"),
+    ),
+    "missing": (lambda path: path.unlink(), ("does not exist", "RUN/checkpoints/")),
+}
+
+_DROP: Mapping[str, object] = {"class_path": "Drop"}
+
+
+def _plan(*steps: object, **more: object) -> str:
+    return json.dumps({"format": 1, "teacher_depth": 6, "steps": steps, **more})
+
+
+# The text of the file that `collapse --plan` reads.
+PLANS: dict[str, tuple[str, Parts]] = {
+    "no JSON": ("{", ("not JSON",)),
+    "deep nesting": ("[" * 10**5, ("not JSON",)),
+    "number of thousands of digits": ('{"format": ' + "1" * 5000 + "}", ("not JSON",)),
+    "a list": ("[]", ("JSON object, not list",)),
+    "newer format": (_plan(format=2), ("format=2", "not 1")),
+    "unknown key": (_plan(stesp=[]), ("'stesp'", "known are")),
+    "gap in a group": (_plan({"group": [1, 3], "operator": _DROP}), ("group=[1, 3]", "[12, 13, 14]")),
+    "layer that is not there": (_plan({"group": [5, 6], "operator": _DROP}), ("group=[5, 6]", "last layer 5")),
+    "shares that are too much": (
+        _plan({"group": [1, 2], "operator": _DROP, "shares": [10**400, 0]}),
+        ("shares=", "sum to 1"),
+    ),
+    "unknown operator": (_plan({"group": [1, 2], "operator": {"class_path": "Dorp"}}), ("'Dorp'", "known are", "Drop")),
+    "operator that is a function": (
+        _plan({"group": [1, 2], "operator": {"class_path": "os.system", "init_args": {"command": "ls"}}}),
+        ("'os.system' is not an operator", "known are"),
+    ),
+    "another model's depth": (_plan(teacher_depth=7), ("teacher_depth=7", "6")),
+    "another model": (_plan(teacher="somebody/else"), ("somebody/else", "name that one")),
+    "changed by hand": (_plan(sha256="0" * 64), ("sha256 differs", "delete the entry")),
+}
+
+# What is typed; PLAN is a file with a plan of no merges.
+COMMANDS: dict[str, tuple[list[str], Parts]] = {
+    "unknown command": (["fitt"], ("'fitt'", "did you mean fit")),
+    "missing recipe": (["fit", "--config", "nowhere.yaml"], ("nowhere.yaml", "does not exist", "check the path")),
+    "option cut short": (["fit", "--model.objectiv", "Logits"], ("'model.objectiv'", "did you mean model.objective?")),
+    "misspelt option": (["fit", "--trainer.max_stepz", "3"], ("max_stepz", "did you mean")),
+    "collapse without out": (["collapse", "--config", "x.yaml"], ("--out", "missing")),
+    "missing plan": (["collapse", "--config", "x.yaml", "--plan", "nowhere.json", "--out", "o"], ("nowhere.json",)),
+    "plan and plan-only": (["collapse", "--plan-only", "--plan", "PLAN"], ("--plan-only", "one of them")),
+    "export of nothing": (["export", "nowhere.ckpt", "--out", "o"], ("nowhere.ckpt", "does not exist")),
+    "export without out": (["export", "x.ckpt"], ("--out",)),
+    "fit without a recipe": (["fit"], ("needs a recipe", "quickstart.yaml")),
+    "text for a depth": (["collapse", "--target-depth", "abc", "--out", "o"], ("--target-depth", "abc")),
+    "option without a value": (["collapse", "--out"], ("--out",)),
+    "plan and depth": (["collapse", "--plan", "PLAN", "--target-depth", "4", "--out", "o"], ("give one of them",)),
+    "two budgets": (
+        ["collapse", "--target-depth", "4", "--target-size", "1MB", "--out", "o"],
+        ("target_depth", "target_size", "give one of them"),
+    ),
+    "budget of no unit": (["collapse", "--target-size", "much", "--out", "o"], ("much", "200MB")),
+    "dtype that is none": (["collapse", "--dtype", "int3", "--out", "o"], ("--dtype int3", "bfloat16")),
+    "device that is none": (["score", "--device", "toaster"], ("--device toaster", "cuda:1")),
+    "device that is not there": (["score", "--device", "cuda:99"], ("cuda:99", "torch finds", "leave --device out")),
+    "layers that are none": (["cache", "--layers", "x", "--out", "o"], ("'x'", "3,7")),
+}
