@@ -19,7 +19,8 @@ ROOMS = {
     "merging": "progress lineage families architectures activity calibration streams remeasure regression "
     "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
     "search budget within collapse shards streaming heatmaps",
-    "distillation": "schedules accumulation strategies randomness divergences buckets head fused losses metrics levels "
+    "distillation": "schedules accumulation strategies randomness storing boundary faults signals divergences buckets "
+    "head fused losses metrics levels "
     "trained passes quantized teacher beginning adapters pair phases beforehand objectives evaluated cache fill "
     "recall optim checkpoint module throughput callbacks",
     "data": "preprocess sources author generate module",

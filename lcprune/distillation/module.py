@@ -4,7 +4,7 @@ The module owns weights and history; the trainer owns optimizer state; `Progress
 `configure_model`: building the module loads nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -26,15 +27,17 @@ from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
 from lcprune.distillation.accumulation import TokenWindow
 from lcprune.distillation.adapters import Lora
+from lcprune.distillation.boundary import StepBoundary
 from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
 from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of
 from lcprune.distillation.evaluated import Evaluated
+from lcprune.distillation.faults import LossWatch, check_weights
 from lcprune.distillation.levels import Level, Logits
 from lcprune.distillation.optim import Rewarming
 from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
-from lcprune.distillation.randomness import RngState, restore_rng_state, rng_state
+from lcprune.distillation.randomness import RngState, restore_rng_state
 from lcprune.distillation.strategies import clip_gradients, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
 from lcprune.distillation.trained import Trained
@@ -138,6 +141,9 @@ class DistillationModule(Evaluated):
         self.next_merge: int | None = None
         """Optimizer step of the next merge, where one is to come; `ProgressiveCollapse` keeps it."""
         self._window = TokenWindow()
+        self._losses = LossWatch()
+        self.boundary = StepBoundary()
+        """Where the run stands between two optimizer steps."""
 
     @property
     def teacher_config(self) -> PretrainedConfig:
@@ -269,6 +275,7 @@ class DistillationModule(Evaluated):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """At the turn of a phase, chooses anew what is trained."""
+        self.boundary.begin(self.trainer)
         if self.now.phase.trained(self.train_usually) != self._training:
             self.choose_trained()
             parameters_changed(self.trainer.strategy)
@@ -278,6 +285,7 @@ class DistillationModule(Evaluated):
         now, lineage = self.now, self.history.lineage
         forward = self._taught(batch, now.phase.objective)
         terms = objectives.objective(now.phase.objective, forward, lineage, now.progress)
+        self._losses.note(terms["loss"], batch_idx)
         size = len(batch["input_ids"])
         self.log("train/loss", terms["loss"].detach(), prog_bar=True, batch_size=size)
         others = {f"train/{name}": value for name, value in terms.items() if name != "loss"}
@@ -285,9 +293,27 @@ class DistillationModule(Evaluated):
         return self._window.weigh(terms["loss"], objectives.scored_positions(batch))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Makes the gradient that of the mean over all tokens since the last step, on all ranks, however split."""
+        """Makes the gradient that of the mean over all tokens since the last step, on all ranks, however split.
+
+        Raises:
+            RunError: One of the losses since the last step is not finite.
+        """
+        if self._trainer is not None:
+            self._losses.check(self.trainer)
         micro_batches = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
         self._window.close(micro_batches, [p for p in self.student.parameters() if p.grad is not None])
+        self.boundary.tear("The optimizer")
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """As in Lightning; takes note that the step is done."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.boundary.end()
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -311,10 +337,12 @@ class DistillationModule(Evaluated):
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Adds history, the teacher's fingerprint and every rank's random state, as plain data."""
-        states: list[RngState] = [rng_state()]
+        self.boundary.rewind(checkpoint)
+        check_weights(self.student.named_parameters(), self.trainer.global_step)
+        states: list[RngState] = [self.boundary.random_state()]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = states * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, rng_state())
+            torch.distributed.all_gather_object(states, self.boundary.random_state())
         record = Record(self.history, self.fingerprint, self.weights_dtype, tuple(states))
         if self.lora is not None:
             # What is still packed as it was loaded is loaded again.
@@ -361,7 +389,8 @@ class DistillationModule(Evaluated):
                 "(collapse.schedule.first: 0), or train all or layers until then."
             )
         self.check_cache([self.history.lineage])
-        self._window = TokenWindow()  # a run that was interrupted may have left tokens in it
+        # A run that was interrupted may have left tokens and losses in them.
+        self._window, self._losses, self.boundary = TokenWindow(), LossWatch(), StepBoundary()
         steps = optimizer_steps(self.trainer)
         if steps < float("inf"):
             self._end = int(steps)
