@@ -1,10 +1,16 @@
 """Files that are whole or not there: written beside, then renamed. And where this user's cache is."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+PARTIAL = ".tmp-"
+"""Between the hidden name of what is being written and the number of the process that writes it."""
+LEFT_ALONE = 60.0
+"""Seconds in which nobody has written to what a process that is gone was writing, before it counts as left behind."""
 
 
 def cache_folder() -> Path:
@@ -41,5 +47,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-PARTIAL = ".tmp-"
-"""Between the hidden name of a file that is being written and the number of the process that writes it."""
+def left_behind(folder: Path, name: str) -> list[Path]:
+    """Partial files and folders that killed processes left.
+
+    Args:
+        folder: Where to look.
+        name: Of what they were to become; may be a pattern such as `*.ckpt`.
+    """
+    return [path for path in folder.glob(f".{name}{PARTIAL}*") if _is_left(path)]
+
+
+def _is_left(path: Path) -> bool:
+    writer = path.name.rpartition(PARTIAL)[2]
+    # On a disk that machines share, a process of another one may be writing: then the file is fresh.
+    return writer.isdecimal() and not _runs(int(writer)) and time.time() - path.stat().st_mtime > LEFT_ALONE
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True

@@ -15,6 +15,7 @@ LOST = (
     "remote process exited",
     "wait timeout",
 )
+RANK_0_IS_GONE = "rank 0 died, and this rank ends with it: start all of them again with --ckpt_path last."
 LOWER = (
     "lower data.batch_size (and raise trainer.accumulate_grad_batches by as much) or data.block_size; in training "
     "model.activations: recompute, trainer.precision: bf16-mixed or adapters (model.train: lora) need less too"

@@ -27,6 +27,7 @@ from lcprune.cli import tables
 from lcprune.cli.bars import TrainingBar
 from lcprune.cli.messages import cause_of, one_sentence
 from lcprune.cli.quiet import quieten
+from lcprune.cli.ranks import end_with_launcher
 from lcprune.cli.resuming import last_checkpoint
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import check_target, export
@@ -250,6 +251,7 @@ def run(command: str, arguments: list[str]) -> None:
     if not arguments:
         raise InputError(f"{command} needs a recipe: lcprune {command} --config recipes/quickstart.yaml.")
     quieten()
+    end_with_launcher()
     try:
         RecipeCLI([command, *arguments])
     except Terminated as stop:

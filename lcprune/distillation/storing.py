@@ -10,9 +10,7 @@ a flipped bit would become a wrong weight. Lightning's own writer holds a second
 moves it from /tmp, which across file systems is a copy that can be torn.
 """
 
-import os
 import struct
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -24,12 +22,10 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lcprune.errors import DiskError, InputError
-from lcprune.files import PARTIAL, replacing
+from lcprune.files import left_behind, replacing
 
 SUFFIX = ".ckpt"
 """Of every checkpoint file."""
-LEFT_ALONE = 60.0
-"""Seconds in which nobody has written to a partial file whose process is gone, before it counts as left behind."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -48,7 +44,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        remove_leftovers(path.parent)
+        for left in left_behind(path.parent, f"*{SUFFIX}"):
+            left.unlink(missing_ok=True)
         try:
             with replacing(path) as file:
                 torch.save(checkpoint, file)
@@ -126,31 +123,12 @@ def first_whole(paths: Iterable[Path]) -> tuple[Path | None, list[Path]]:
     return None, skipped
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Deletes partial checkpoints that killed processes left in a folder."""
-    for path in folder.glob(f".*{SUFFIX}{PARTIAL}*"):
-        writer = path.name.rpartition(PARTIAL)[2]
-        # On a disk that machines share, a process of another one may be writing: then the file is fresh.
-        if writer.isdecimal() and not _runs(int(writer)) and time.time() - _written(path) > LEFT_ALONE:
-            path.unlink(missing_ok=True)
-
-
 def _written(path: Path) -> float:
     return path.stat().st_mtime
 
 
 def _same_file(path: Path, other: Path) -> bool:
     return path.resolve() == other.resolve()
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def _is_local(path: str | Path) -> bool:

@@ -295,6 +295,31 @@ def _gone(process: int, seconds: float = 60) -> bool:
     return False
 
 
+def test_rank_ends_when_its_launcher_is_gone():
+    """With gloo an exchange breaks off at once; with NCCL a rank can wait in it: here it sleeps."""
+    rank = "import time; from lcprune.cli.ranks import end_with_launcher as end; end(0.1); print('up', flush=True)"
+    launcher = (
+        "import os, subprocess, sys; "
+        f"p = subprocess.Popen([sys.executable, '-c', {rank + '; time.sleep(100)'!r}], env=os.environ, stderr=2); "
+        "print(p.pid, flush=True); p.wait()"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", launcher],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None
+    second = int(first.stdout.readline())
+    assert first.stdout.readline() == "up\n"
+    assert not _gone(second, 0.5)
+    first.kill()
+    assert _gone(second, 30)
+    assert "rank 0 died" in first.communicate()[1]
+
+
 TWO = {"trainer__devices": 2, "trainer__strategy": "ddp", "trainer__max_steps": 400, "trainer__max_epochs": -1}
 
 
