@@ -25,52 +25,51 @@ class StepBoundary:
     """The latest instant between two optimizer steps, kept while a step is under way."""
 
     def __init__(self) -> None:
-        self._loops: Loops | None = None  # None = no step is under way
+        self._step = -1  # optimizer steps done when the latest step began
+        self._loops: Loops = {}
         self._rng: RngState | None = None
-        self._torn: str | None = None  # what is changing the weights right now
-
-    @property
-    def open(self) -> bool:
-        """Whether a step has begun and is not done."""
-        return self._loops is not None
+        self._stepping = -1  # as _step, once the optimizer is about to change the weights
+        self._changing: str | None = None  # what else is changing them right now
 
     def begin(self, trainer: Trainer) -> None:
         """To be called at the start of every batch; only that of a step's first one counts."""
-        if self._loops is None:
+        if self._step != trainer.global_step:
+            self._step = trainer.global_step
             self._loops = before_batch(trainer.fit_loop.state_dict())
             self._rng = rng_state()
 
-    def end(self) -> None:
-        """The step is done, its weights are whole."""
-        self._loops = self._rng = self._torn = None
-
-    def tear(self, by: str) -> None:
-        """From here on the weights are being changed, until `end`."""
-        self._torn = by
+    def before_update(self) -> None:
+        """From here on the optimizer changes the weights, until the trainer counts the step as done."""
+        self._stepping = self._step
 
     @contextmanager
     def changing(self, by: str) -> Iterator[None]:
         """Weights are being changed in this block; if it raises they stay unfit to be saved."""
-        self._torn = by
+        self._changing = by
         yield
-        self._torn = None
+        self._changing = None
 
-    def random_state(self) -> RngState:
-        """Of this process, as a checkpoint has to say it now."""
-        return rng_state() if self._rng is None else self._rng
+    def random_state(self, step: int) -> RngState:
+        """Of this process, as a checkpoint after so many optimizer steps has to say it."""
+        return self._rng if self._rng is not None and step == self._step else rng_state()
 
-    def rewind(self, checkpoint: dict[str, object]) -> None:
+    def rewind(self, checkpoint: dict[str, object], step: int) -> None:
         """Makes a checkpoint that is being written say where its weights belong.
+
+        Args:
+            checkpoint: As Lightning has made it.
+            step: Optimizer steps done.
 
         Raises:
             RunError: The weights are just being changed.
         """
-        if self._torn is not None:
+        by = "The optimizer" if step == self._stepping else self._changing
+        if by is not None:
             raise RunError(
-                f"{self._torn} was changing the student's weights: what is half changed is not saved, the checkpoint "
-                "before it stays; go on with --ckpt_path last."
+                f"{by} was changing the student's weights: what is half changed is not saved, the checkpoint before it "
+                "stays; go on with --ckpt_path last."
             )
-        if self._loops is not None:
+        if step == self._step:
             loops = checkpoint["loops"]
             assert isinstance(loops, dict)
             loops["fit_loop"] = self._loops

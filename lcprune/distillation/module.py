@@ -4,7 +4,7 @@ The module owns weights and history; the trainer owns optimizer state; `Progress
 `configure_model`: building the module loads nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -302,18 +301,7 @@ class DistillationModule(Evaluated):
             self._losses.check(self.trainer)
         micro_batches = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
         self._window.close(micro_batches, [p for p in self.student.parameters() if p.grad is not None])
-        self.boundary.tear("The optimizer")
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """As in Lightning; takes note that the step is done."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.boundary.end()
+        self.boundary.before_update()
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -337,12 +325,13 @@ class DistillationModule(Evaluated):
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Adds history, the teacher's fingerprint and every rank's random state, as plain data."""
-        self.boundary.rewind(checkpoint)
-        check_weights(self.student.named_parameters(), self.trainer.global_step)
-        states: list[RngState] = [self.boundary.random_state()]
+        step = self.trainer.global_step
+        self.boundary.rewind(checkpoint, step)
+        check_weights(self.student.named_parameters(), step)
+        states: list[RngState] = [self.boundary.random_state(step)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = states * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, self.boundary.random_state())
+            torch.distributed.all_gather_object(states, self.boundary.random_state(step))
         record = Record(self.history, self.fingerprint, self.weights_dtype, tuple(states))
         if self.lora is not None:
             # What is still packed as it was loaded is loaded again.

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lcprune import AtSteps, Boundary, Local, Logits, OneShotRanking, Phase, ProgressiveCollapse
+from lcprune.cli.ranks import end_with_launcher
 from lcprune.distillation.storing import AtomicCheckpointIO, newest_whole
 from lcprune.merging.operators import WeightedAverage
 from tests.distillation import runs
@@ -47,26 +49,26 @@ class Launched:
     """The processes of one run that is under way."""
 
     processes: list[int]
-    ended: dict[int, int] = field(default_factory=dict)
+    """Children of this process: rank 0."""
+    watched: list[int] = field(default_factory=list)
+    """The other ranks, children of rank 0."""
 
     def wait(self, seconds: float) -> bool:
         """Whether all have ended within so many seconds."""
         until = time.monotonic() + seconds
         while True:
-            for process in self.processes:
-                if process not in self.ended and os.waitpid(process, os.WNOHANG)[0]:
-                    self.ended[process] = 1
-            if len(self.ended) == len(self.processes) or time.monotonic() > until:
-                return len(self.ended) == len(self.processes)
+            self.processes = [process for process in self.processes if not os.waitpid(process, os.WNOHANG)[0]]
+            self.watched = [process for process in self.watched if _lives(process)]
+            if not (left := self.processes + self.watched) or time.monotonic() > until:
+                return not left
             time.sleep(0.01)
 
     def kill(self, chance: random.Random) -> float:
         """Kills one process; how long the others live on, in seconds."""
         begun = time.monotonic()
-        victim = chance.choice([process for process in self.processes if process not in self.ended])
-        os.kill(victim, signal.SIGKILL)
+        os.kill(chance.choice(self.processes + self.watched), signal.SIGKILL)
         if not self.wait(PATIENCE):
-            for process in set(self.processes) - set(self.ended):
+            for process in self.processes + self.watched:
                 os.kill(process, signal.SIGKILL)
             self.wait(PATIENCE)
             return float("inf")
@@ -92,7 +94,22 @@ class Bench:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        return Launched([_fork(lambda rank=rank: self._train(folder, rank, port)) for rank in range(self._ranks)])
+        if self._ranks == 1:
+            return Launched([_fork(lambda: self._train(folder, 0, port))])
+        out, into = os.pipe()
+        first = _fork(lambda: self._launch(folder, port, into))
+        os.close(into)
+        with os.fdopen(out) as pipe:
+            return Launched([first], watched=[int(number) for number in pipe.read().split()])
+
+    def _launch(self, folder: Path, port: int, into: int) -> None:
+        """Rank 0, which starts the others and watches them as Lightning's launcher does."""
+        others = [_fork(lambda rank=rank: self._train(folder, rank, port)) for rank in range(1, self._ranks)]
+        os.write(into, " ".join(map(str, others)).encode())
+        os.close(into)
+        for other in others:
+            threading.Thread(target=_end_with, args=(other,), daemon=True).start()
+        self._train(folder, 0, port)
 
     @property
     def _ranks(self) -> int:
@@ -104,6 +121,7 @@ class Bench:
             os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             os.environ |= {"NODE_RANK": "0", "WORLD_SIZE": str(self._ranks)}
             settings = {"strategy": self.given.strategy, "devices": self._ranks}
+            end_with_launcher()
         torch.manual_seed(random.SystemRandom().randrange(2**31))  # all that matters must come from the checkpoint
         path, _ = newest_whole(folder)
         if path is None:
@@ -181,6 +199,18 @@ def measure(bench: Bench) -> dict[str, object]:
         "slowest_end_of_the_others": round(slowest, 1),
         "seconds_of_a_whole_run": round(length, 1),
     }
+
+
+def _lives(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _end_with(child: int) -> None:
+    if os.waitpid(child, 0)[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _kept(folder: Path) -> int:

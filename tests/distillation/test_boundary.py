@@ -156,7 +156,7 @@ def test_half_stepped_student_is_not_saved(dropping: Path, short: Path, tmp_path
 
 def test_between_steps_nothing_is_rewound():
     boundary, checkpoint = StepBoundary(), {"loops": {"fit_loop": "as it is"}}
-    boundary.rewind(checkpoint)
+    boundary.rewind(checkpoint, 3)
     assert checkpoint == {"loops": {"fit_loop": "as it is"}}
 
 
