@@ -34,6 +34,8 @@ _HOMES = {
     "lcprune.distillation.adapters": ("Lora",),
     "lcprune.distillation.phases": ("Phase",),
     "lcprune.distillation.optim": ("RewarmingCosine", "RewarmingWSD"),
+    "lcprune.distillation.storing": ("AtomicCheckpointIO",),
+    "lcprune.distillation.signals": ("SaveOnSignal",),
     "lcprune.distillation.module": ("DistillationModule",),
     "lcprune.distillation.throughput": ("Throughput",),
     "lcprune.distillation.callbacks": ("ProgressiveCollapse",),

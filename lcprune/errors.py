@@ -15,5 +15,13 @@ class RunError(RuntimeError):
     """The work cannot be finished, through no mistake in the input; the message is one sentence."""
 
 
+class Stopped(Exception):
+    """A signal ended the work where it can go on; the message says how, the exit status is 128 + the signal."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class DiskError(RunError, OSError):
     """Nothing can be written where it should be; what was there is as it was."""

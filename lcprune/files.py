@@ -1,7 +1,16 @@
 """Files that are whole or not there: written beside, then renamed. And where this user's cache is."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".tmp-"
+"""Between the hidden name of what is being written and the number of the process that writes it."""
+LEFT_ALONE = 60.0
+"""Seconds in which nobody has written to what a process that is gone was writing, before it counts as left behind."""
 
 
 def cache_folder() -> Path:
@@ -18,15 +27,47 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file through to the disk; whatever fails leaves it as it was and nothing beside it."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends well; else nothing has happened."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Of this process alone: another may be writing the same file.
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    partial = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
+
+
+def left_behind(folder: Path, name: str) -> list[Path]:
+    """Partial files and folders that killed processes left.
+
+    Args:
+        folder: Where to look.
+        name: Of what they were to become; may be a pattern such as `*.ckpt`.
+    """
+    return [path for path in folder.glob(f".{name}{PARTIAL}*") if _is_left(path)]
+
+
+def _is_left(path: Path) -> bool:
+    writer = path.name.rpartition(PARTIAL)[2]
+    # On a disk that machines share, a process of another one may be writing: then the file is fresh.
+    return writer.isdecimal() and not _runs(int(writer)) and time.time() - path.stat().st_mtime > LEFT_ALONE
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True

@@ -19,23 +19,17 @@ ROOMS = {
     "merging": "progress lineage families architectures activity calibration streams remeasure regression "
     "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
     "search budget within collapse shards streaming heatmaps",
-    "distillation": "schedules accumulation strategies randomness divergences buckets head fused losses metrics levels "
-    "trained passes quantized adapters teacher beginning pair phases beforehand objectives evaluated cache fill "
-    "recall optim checkpoint module throughput callbacks comparison",
+    "distillation": "schedules accumulation strategies randomness storing boundary faults signals divergences buckets "
+    "head fused losses metrics levels trained passes quantized adapters teacher beginning pair phases "
+    "beforehand objectives evaluated cache fill recall optim checkpoint module throughput callbacks "
+    "comparison",
     "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate "
     "origin module",
     "delivery": "pictures card export decoding choices speed figures evaluate harness hub gguf training_log tree plots "
     "runs provenance likeness samples page wording sections report",
 }
 ROOMS_BELOW = {"merging": (), "data": (), "distillation": ("merging",), "delivery": ("merging",)}
-LEAVES = (
-    "errors",
-    "files",
-    "demo",
-    "weights",
-    "identity",
-    "_version",
-)  # importable by all, importing one another at most
+LEAVES = ("errors", "files", "demo", "weights", "identity")  # importable by all, importing one another at most
 ENTRIES = ("", "cli", "__main__")  # with all files below them: importable by no room, importing what they like
 
 # Third-party libraries a place may import, the most exact name counting; a place without a line may import any.

@@ -2,7 +2,7 @@
 
 Only a dispatcher: it imports nothing heavy, so that `--help` answers at once, and a command imports what it needs.
 Exit status: 0 done, 1 the machine's fault (disk, memory), 2 the user's mistake (one sentence on stderr), 130 stopped
-by the user. A defect of ours keeps its traceback.
+by the user, 143 by SIGTERM. A defect of ours keeps its traceback.
 """
 
 import errno
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from lcprune import __version__
-from lcprune.errors import InputError, RunError
+from lcprune.errors import InputError, RunError, Stopped
 
 HELP = f"""lcprune {__version__}: a causal LM 20-50 % shorter, taught by the original
 
@@ -63,11 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say("stopped", 130)
     except RunError as error:
         return _say(error, 1)
+    except Stopped as error:
+        return _say(error, error.status)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        from lcprune.cli.failures import sentence
+
+        if (said := sentence(error)) is None:
             raise
-        reason = str(error).partition("\n")[0]
-        return _say(f"not enough memory ({reason}): lower data.batch_size or data.block_size.", 1)
+        return _say(said, 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise

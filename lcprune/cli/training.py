@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -26,6 +27,8 @@ from lcprune.cli import named, recipes, tables
 from lcprune.cli.bars import TrainingBar
 from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
 from lcprune.cli.quiet import quieten
+from lcprune.cli.ranks import end_with_launcher
+from lcprune.cli.resuming import last_checkpoint
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import check_target, export
 from lcprune.delivery.figures import Figures, model_figures, throughput
@@ -33,9 +36,11 @@ from lcprune.distillation import adapters, checkpoint
 from lcprune.distillation.callbacks import ProgressiveCollapse, measure
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F401 - short names in recipes
+from lcprune.distillation.signals import STATUS, SaveOnSignal, Terminated
+from lcprune.distillation.storing import AtomicCheckpointIO
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.distillation.throughput import Throughput  # noqa: F401
-from lcprune.errors import InputError
+from lcprune.errors import InputError, Stopped
 from lcprune.files import write_text
 from lcprune.merging.gradients import Magnitude, Taylor  # noqa: F401
 from lcprune.merging.greedy import GreedyPlanner  # noqa: F401
@@ -107,13 +112,17 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("model.teacher", "data.tokenizer")
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
-        """Adds the Rich progress bar unless the recipe has another or wants none."""
+        """Adds the Rich progress bar unless the recipe has another or wants none, and checkpoints that are whole."""
         settings = self._get(self.config_init, "trainer", default={})
         given = settings.get("callbacks") or []
         callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
         wanted = settings.get("enable_progress_bar") is not False
         if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             settings["callbacks"] = [*callbacks, TrainingBar(leave=False)]
+        plugins = settings.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            settings["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
@@ -131,13 +140,22 @@ class RecipeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """What can go wrong at the end or at the start is looked at first."""
+        self._find_last()
         self._check_model()
         collapse_of(self).check(self.trainer, self.model)
         self.model.open_cache()
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to)
-        if self._get(self.config, "ckpt_path") is not None:
+        self.trainer.callbacks.append(SaveOnSignal())  # type: ignore[attr-defined]  # behind Lightning's own
+        if self._get(self.config_init, "ckpt_path") is not None:
             self._keep_metrics()
+
+    def _find_last(self) -> None:
+        """`--ckpt_path last` becomes a path, and the checkpoint is looked over as any other."""
+        if self._get(self.config_init, "ckpt_path") == "last":
+            path = last_checkpoint(self.trainer)
+            self.record = None if path is None else checkpoint.read(path)
+            self.config_init[str(self.subcommand)]["ckpt_path"] = None if path is None else str(path)
 
     @rank_zero_only
     def _keep_metrics(self) -> None:
@@ -151,6 +169,7 @@ class RecipeCLI(LightningCLI):
         """Looks at the checkpoint before weights are loaded."""
         if self._get(self.config, "out") is not None:
             raise InputError(f"--out is where fit exports the student, {self.subcommand} exports none: drop it.")
+        self._find_last()
         self._check_model()
 
     before_test = before_predict = before_validate
@@ -257,8 +276,13 @@ def run(command: str, arguments: list[str]) -> None:
     if not arguments:
         raise InputError(f"{command} needs a recipe: lcprune {command} --config recipes/quickstart.yaml.")
     quieten()
+    end_with_launcher()
     try:
         RecipeCLI([command, *arguments])
+    except Terminated as stop:
+        # Rank 0 speaks for all: its launcher kills it at another one's status.
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            raise Stopped(f"{stop}.", STATUS) from stop
     except SystemExit as stop:
         # Lightning answers Ctrl-C by leaving in its own way.
         if isinstance(stop.__context__, KeyboardInterrupt):

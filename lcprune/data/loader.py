@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -28,11 +29,15 @@ class BlockSampler(DistributedSampler[int]):
     """How many of this rank's blocks to skip; the length stays that of the whole epoch."""
 
     def __iter__(self) -> Iterator[int]:
+        return iter(self.blocks()[self.start :])
+
+    def blocks(self) -> list[int]:
+        """All of this rank's blocks in this epoch, in order."""
         blocks = len(self.dataset)  # type: ignore[arg-type]
         order = list(range(blocks))
         if self.shuffle:
             order = torch.randperm(blocks, generator=generator(self.seed, self.epoch)).tolist()
-        return iter(order[self.rank : self.total_size : self.num_replicas][self.start :])
+        return order[self.rank : self.total_size : self.num_replicas]
 
 
 class ResumableLoader(DataLoader[Row]):
@@ -61,7 +66,7 @@ class ResumableLoader(DataLoader[Row]):
     def state_dict(self) -> dict[str, int]:
         """The position, and what must be the same for it to mean the same; plain values, equal on every rank."""
         epoch, batch = self._resumed or self._position
-        return {"epoch": epoch, "batch": batch, **self._same}
+        return {"epoch": epoch, "batch": batch, "workers": self.num_workers, **self._same}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continues from a saved position at the next iteration.
@@ -80,8 +85,17 @@ class ResumableLoader(DataLoader[Row]):
                 f"the checkpoint stopped in the middle of an epoch over other batches ({', '.join(changes)}): resume "
                 "with the same data settings, text and number of devices, or start a new run."
             )
+        if changes:
+            rank_zero_info(f"from this epoch on the batches are others than the checkpoint's: {', '.join(changes)}")
+        if (before := state_dict.get("workers", self.num_workers)) != self.num_workers:
+            rank_zero_info(f"data.num_workers was {before}, is {self.num_workers}: the batches stay the same")
         self._resumed = (epoch, batch)
         self._sampler.set_epoch(epoch)
+
+    def blocks_of(self, batch: int) -> list[int]:
+        """Which training blocks this rank gets in a batch of the epoch it is in."""
+        first = batch * self._rows
+        return self._sampler.blocks()[first : first + self._rows]
 
     @cached_property
     def _same(self) -> dict[str, int]:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lcprune.delivery.card import model_card
 from lcprune.errors import DiskError, InputError, RunError
+from lcprune.files import left_behind
 from lcprune.identity import write_checksums
 from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import HISTORY, MergeHistory
@@ -74,7 +75,7 @@ def export(
     _check_plain(student)
     with _replacing(out) as folder:
         student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save_tokenizer(tokenizer, folder)
         _write_account(folder, student, history, recipe=recipe, figures=figures or {}, license=license)
         _prove(student, folder, history)
         write_checksums(folder)
@@ -124,11 +125,21 @@ def export_stream(
         student.config.save_pretrained(folder)
         if student.generation_config is not None:
             student.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save_tokenizer(tokenizer, folder)
         _write_account(folder, student, history, recipe=recipe, figures={}, license=license)
         writer.verify()
         write_checksums(folder)
     return out.resolve()
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library has no class of its own for what the disk refuses: "No space left ... (os error 28)".
+        if type(error) is not Exception or "os error" not in str(error):
+            raise
+        raise OSError(str(error)) from error
 
 
 @contextmanager
@@ -138,7 +149,8 @@ def _replacing(out: Path) -> Iterator[Path]:
     out = out.resolve()
     folder = _beside(out, "tmp")
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # of a killed process that had our number, as is usual in containers
+        for left in (folder, *left_behind(out.parent, out.name)):  # a killed process may have had our number
+            shutil.rmtree(left, ignore_errors=True)
         folder.mkdir(parents=True)
         yield folder
         _put_in_place(folder, out)

@@ -212,7 +212,8 @@ class ProgressiveCollapse(Callback):
         if not steps:
             rank_zero_info(f"step {trainer.global_step}: {self.planner} found nothing to merge")
             return
-        merge(trainer, module, steps)
+        with module.boundary.changing("A merge"):
+            merge(trainer, module, steps)
 
     def _agreed_plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
         """Rank 0's plan, on every rank; a mistake that it finds is raised on every rank too."""

@@ -19,6 +19,7 @@ from lcprune import demo
 from lcprune.distillation import adapters, quantized
 from lcprune.distillation.adapters import Lora
 from lcprune.distillation.randomness import RngState
+from lcprune.distillation.storing import check_whole
 from lcprune.distillation.teacher import DtypeName, load
 from lcprune.errors import InputError
 from lcprune.merging import surgery
@@ -167,6 +168,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
 def _load(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise InputError(f"ckpt_path={path} does not exist or is not a file: checkpoints are in RUN/checkpoints/.")
+    check_whole(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:

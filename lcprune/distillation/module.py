@@ -26,15 +26,17 @@ from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
 from lcprune.distillation.accumulation import TokenWindow
 from lcprune.distillation.adapters import Lora
+from lcprune.distillation.boundary import StepBoundary
 from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
 from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of
 from lcprune.distillation.evaluated import Evaluated
+from lcprune.distillation.faults import LossWatch, check_weights
 from lcprune.distillation.levels import Level, Logits
 from lcprune.distillation.optim import Rewarming
 from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
-from lcprune.distillation.randomness import RngState, restore_rng_state, rng_state
+from lcprune.distillation.randomness import RngState, restore_rng_state
 from lcprune.distillation.strategies import clip_gradients, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
 from lcprune.distillation.trained import Trained
@@ -140,6 +142,9 @@ class DistillationModule(Evaluated):
         self.next_merge: int | None = None
         """Optimizer step of the next merge, where one is to come; `ProgressiveCollapse` keeps it."""
         self._window = TokenWindow()
+        self._losses = LossWatch()
+        self.boundary = StepBoundary()
+        """Where the run stands between two optimizer steps."""
 
     @property
     def teacher_config(self) -> PretrainedConfig:
@@ -275,6 +280,7 @@ class DistillationModule(Evaluated):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """At the turn of a phase, chooses anew what is trained."""
+        self.boundary.begin(self.trainer)
         if self.now.phase.trained(self.train_usually) != self._training:
             self.choose_trained()
             parameters_changed(self.trainer.strategy)
@@ -284,6 +290,7 @@ class DistillationModule(Evaluated):
         now, lineage = self.now, self.history.lineage
         forward = self._taught(batch, now.phase.objective)
         terms = objectives.objective(now.phase.objective, forward, lineage, now.progress)
+        self._losses.note(terms["loss"], batch_idx)
         size = len(batch["input_ids"])
         self.log("train/loss", terms["loss"].detach(), prog_bar=True, batch_size=size)
         others = {f"train/{name}": value for name, value in terms.items() if name != "loss"}
@@ -291,9 +298,16 @@ class DistillationModule(Evaluated):
         return self._window.weigh(terms["loss"], objectives.scored_positions(batch))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Makes the gradient that of the mean over all tokens since the last step, on all ranks, however split."""
+        """Makes the gradient that of the mean over all tokens since the last step, on all ranks, however split.
+
+        Raises:
+            RunError: One of the losses since the last step is not finite.
+        """
+        if self._trainer is not None:
+            self._losses.check(self.trainer)
         micro_batches = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
         self._window.close(micro_batches, [p for p in self.student.parameters() if p.grad is not None])
+        self.boundary.before_update()
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -317,10 +331,13 @@ class DistillationModule(Evaluated):
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Adds history, the teacher's fingerprint and every rank's random state, as plain data."""
-        states: list[RngState] = [rng_state()]
+        step = self.trainer.global_step
+        self.boundary.rewind(checkpoint, step)
+        check_weights(self.student.named_parameters(), step)
+        states: list[RngState] = [self.boundary.random_state(step)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = states * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, rng_state())
+            torch.distributed.all_gather_object(states, self.boundary.random_state(step))
         record = Record(self.history, self.fingerprint, self.weights_dtype, tuple(states))
         if self.lora is not None:
             # What is still packed as it was loaded is loaded again.
@@ -367,7 +384,8 @@ class DistillationModule(Evaluated):
                 "(collapse.schedule.first: 0), or train all or layers until then."
             )
         self.check_cache([self.history.lineage])
-        self._window = TokenWindow()  # a run that was interrupted may have left tokens in it
+        # A run that was interrupted may have left tokens and losses in them.
+        self._window, self._losses, self.boundary = TokenWindow(), LossWatch(), StepBoundary()
         steps = optimizer_steps(self.trainer)
         if steps < float("inf"):
             self._end = int(steps)

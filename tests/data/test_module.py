@@ -1,6 +1,7 @@
 """What the loaders hand out, what survives an interruption, and what a user is told."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,42 @@ def test_loader_position_means_nothing_over_other_batches(make: Make, lines: Pat
     assert len(list(iterator)) == 3
     other.load_state_dict(loader.state_dict())  # a whole epoch: whatever comes next is new anyway
     assert other.state_dict()["epoch"] == 1
+
+
+def test_loader_says_what_is_other_than_in_the_checkpoint(
+    make: Make, lines: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    loader = make(path=lines).train_dataloader()
+    iterator = iter(loader)
+    next(iterator)
+    make(path=lines, num_workers=2).train_dataloader().load_state_dict(loader.state_dict())
+    assert "data.num_workers was 0, is 2: the batches stay the same" in caplog.text
+    assert "others than the checkpoint's" not in caplog.text
+    list(iterator)
+    make(path=lines, batch_size=2).train_dataloader().load_state_dict(loader.state_dict())
+    assert "from this epoch on the batches are others than the checkpoint's: batches was" in caplog.text
+    assert "batch_size was 4, is 2" in caplog.text
+
+
+def test_run_goes_on_with_other_workers(make: Make, lines: Path, tmp_path: Path):
+    whole = record(make(path=lines), tmp_path / "whole", max_steps=6)
+    rest = record(make(path=lines, num_workers=1), tmp_path / "rest", tmp_path / "whole" / "step=2.ckpt", max_steps=6)
+    assert rest == whole[2:]
+
+
+def test_loader_says_which_blocks_are_in_a_batch(make: Make, lines: Path):
+    module = make(path=lines)
+    loader = module.train_dataloader()
+    assert isinstance(loader, ResumableLoader)
+    loader.sampler.set_epoch(3)
+    batches = list(loader)
+    assert all(
+        torch.equal(batch["input_ids"].int(), module.training_blocks()[loader.blocks_of(index)].int())
+        for index, batch in enumerate(batches)
+    )
+    assert len(batches) == 4
 
 
 def test_loader_starts_over_when_it_is_iterated_again(make: Make, lines: Path):

@@ -2,8 +2,11 @@
 
 import errno
 import json
+import os
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lcprune.delivery import export as delivery
 from lcprune.delivery.export import check_target, export, folder_size
 from lcprune.errors import DiskError, InputError
 from lcprune.merging.lineage import MergeHistory, MergeStep
@@ -152,6 +156,45 @@ def test_export_that_fails_leaves_everything_as_it_was(
     if raised is not KeyboardInterrupt:
         assert str(out) in str(caught.value)
         assert "nothing was left behind" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["save_pretrained of the student", "save_pretrained of the tokenizer", "the rest"])
+@pytest.mark.parametrize("limit", [0, 1000])
+def test_export_that_the_disk_refuses_leaves_everything_as_it_was(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
+):
+    """The kernel refuses to let a file grow, as it does where a disk is full: by the writers' own errors."""
+    student, limits = tiny_llama(4), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def small(write: Callable[..., object]) -> Callable[..., object]:
+        def refused(*arguments: object, **named: object) -> object:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            try:
+                return write(*arguments, **named)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        return refused
+
+    owners = {"save_pretrained of the student": student, "save_pretrained of the tokenizer": tokenizer}
+    owner, attribute = (owners[name], "save_pretrained") if name in owners else (delivery, "_write_account")
+    monkeypatch.setattr(owner, attribute, small(getattr(owner, attribute)))
+    with pytest.raises(DiskError, match=r"File too large.*nothing was left behind"):
+        export(student, tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
+    assert not any(tmp_path.iterdir())
+
+
+def test_export_takes_away_what_a_killed_one_left(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name, age in (("short", 100), ("short", 0), ("other", 100)):
+        left = tmp_path / f".{name}.tmp-{gone.pid if age else os.getppid()}"
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(b"half")
+        os.utime(left, (time.time() - age,) * 2)
+    export(tiny_llama(4), tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
+    kept = {"short", f".short.tmp-{os.getppid()}", f".other.tmp-{gone.pid}"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_export_puts_the_earlier_one_back_when_the_rename_fails(

@@ -1,0 +1,352 @@
+"""What a run meets: each fault ends in one sentence and its status, and costs at most the steps since a checkpoint."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lcprune.cli import failures, main
+from lcprune.distillation import storing
+from lcprune.distillation.checkpoint import read
+from lcprune.distillation.module import DistillationModule
+from lcprune.distillation.storing import newest_whole
+from tests.cli.recipe import recipe, text_file, write
+
+ROOT = Path(__file__).parents[2]
+
+
+def _config(model: Path, folder: Path, **changes: object) -> Path:
+    """A run in `folder` that keeps a checkpoint of every step; merges at 0 and 3, six steps."""
+    folder.mkdir(exist_ok=True)
+    saving = {"save_last": True, "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
+    changes = {"trainer__callbacks": [callback], **changes}
+    return write(folder, recipe(model, text_file(folder), folder / "run", **changes))
+
+
+def _fit(config: Path, *options: str) -> int:
+    return main(["fit", "--config", str(config), *options])
+
+
+def _student(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / "student" / "model.safetensors")
+
+
+def _equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def _said(capsys: pytest.CaptureFixture[str]) -> str:
+    return "\n".join(line for line in capsys.readouterr().err.splitlines() if line.startswith("lcprune: "))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What the run exports that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert _fit(_config(tiny_folder, folder)) == 0
+    return _student(folder)
+
+
+@pytest.fixture
+def in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Does something in the forward pass of one optimizer step; undone by `monkeypatch.undo`."""
+
+    def arrange(step: int, act: Callable[[], object]) -> None:
+        real = DistillationModule.training_step
+
+        def training_step(self: DistillationModule, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            if self.trainer.global_step + 1 == step:
+                act()
+            return real(self, batch, batch_idx)
+
+        monkeypatch.setattr(DistillationModule, "training_step", training_step)
+
+    return arrange
+
+
+def _terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _spoil(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_sigterm_ends_with_143_and_the_run_goes_on_as_if_nothing_had_been(
+    tiny_folder: Path,
+    tmp_path: Path,
+    whole: dict[str, torch.Tensor],
+    in_step: Callable[[int, Callable[[], object]], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    in_step(4, _terminate)
+    config = _config(tiny_folder, tmp_path)
+    path = tmp_path / "run" / "checkpoints" / "sigterm.ckpt"
+    assert _fit(config) == 143
+    assert _said(capsys) == f"lcprune: stopped by SIGTERM after optimizer step 4: go on with --ckpt_path {path}."
+    assert not (tmp_path / "run" / "student").exists()
+    monkeypatch.undo()
+    assert _fit(config, "--ckpt_path", "last") == 0
+    assert f"--ckpt_path last: {path}" in _said(capsys)
+    assert _equal(_student(tmp_path), whole)
+
+
+@pytest.fixture
+def broken_off(
+    tiny_folder: Path,
+    tmp_path: Path,
+    in_step: Callable[[int, Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Path:
+    """The checkpoints of a run that was stopped after step 4."""
+    in_step(4, _terminate)
+    assert _fit(_config(tiny_folder, tmp_path)) == 143
+    monkeypatch.undo()
+    capsys.readouterr()
+    return tmp_path / "run" / "checkpoints"
+
+
+def test_last_passes_over_damaged_checkpoints_and_says_so(
+    broken_off: Path, tiny_folder: Path, whole: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
+):
+    for name in ("sigterm", "last", "step=4"):
+        _spoil(broken_off / f"{name}.ckpt")
+    folder = broken_off.parents[1]
+    assert _fit(_config(tiny_folder, folder), "--ckpt_path", "last") == 0
+    said = _said(capsys)
+    assert f"--ckpt_path last: {broken_off / 'step=3.ckpt'} (" in said
+    assert f"{broken_off / 'sigterm.ckpt'}" in said
+    assert "newer, but not whole)" in said
+    assert _equal(_student(folder), whole)
+
+
+def test_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(
+    broken_off: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    _spoil(broken_off / "sigterm.ckpt")
+    _spoil(broken_off / "last.ckpt")
+    folder = broken_off.parents[1]
+    assert _fit(_config(tiny_folder, folder), "--ckpt_path", str(broken_off / "last.ckpt")) == 2
+    assert f"the newest whole one in its folder is {broken_off / 'step=4.ckpt'}, name that." in _said(capsys)
+
+
+def test_damaged_checkpoint_is_not_exported(broken_off: Path, capsys: pytest.CaptureFixture[str]):
+    _spoil(broken_off / "sigterm.ckpt")
+    assert main(["export", str(broken_off / "sigterm.ckpt"), "--out", str(broken_off / "short")]) == 2
+    assert "not a whole checkpoint" in _said(capsys)
+    assert not (broken_off / "short").exists()
+
+
+def test_last_of_damaged_checkpoints_alone_is_refused(
+    broken_off: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    for path in broken_off.iterdir():
+        _spoil(path)
+    assert _fit(_config(tiny_folder, broken_off.parents[1]), "--ckpt_path", "last") == 2
+    assert "ckpt_path=last: no checkpoint is whole" in _said(capsys)
+
+
+def test_last_without_checkpoints_begins_a_run(
+    tiny_folder: Path, tmp_path: Path, whole: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
+):
+    assert _fit(_config(tiny_folder, tmp_path), "--ckpt_path", "last") == 0
+    assert "no checkpoint yet in" in _said(capsys)
+    assert _equal(_student(tmp_path), whole)
+
+
+def test_full_disk_at_a_checkpoint_leaves_the_one_before(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The kernel refuses to let a file grow: what a full disk does, without one."""
+    real, limits = torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(content: dict[str, object], file: object) -> None:
+        full = content["global_step"] == 3
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if full else limits[0], limits[1]))
+        try:
+            real(content, file)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(storing.torch, "save", save)
+    assert _fit(_config(tiny_folder, tmp_path)) == 1
+    said = _said(capsys)
+    assert "step=3.ckpt cannot be written (File too large)" in said
+    assert "make room, then go on with --ckpt_path last." in said
+    folder = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"step=1.ckpt", "step=2.ckpt", "last.ckpt"}
+    assert newest_whole(folder)[1] == []
+    assert read(folder / "last.ckpt").history.depth == 5
+
+
+def test_loss_that_is_no_number_is_one_sentence_and_leaves_the_last_good_checkpoint(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    real = DistillationModule._taught
+
+    def taught(self: DistillationModule, *arguments: object) -> object:
+        if self.trainer.global_step == 2:
+            self.student.model.norm.weight.data[0] = torch.nan
+        return real(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DistillationModule, "_taught", taught)
+    assert _fit(_config(tiny_folder, tmp_path)) == 1
+    said = _said(capsys)
+    assert "optimizer step 3: the loss is nan in batch 2 of epoch 0 (training blocks " in said
+    assert "\n" not in said
+    folder = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"step=1.ckpt", "step=2.ckpt", "last.ckpt"}
+
+
+def _out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+
+@pytest.mark.parametrize("act", [_out_of_memory, lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60)])
+def test_no_memory_is_one_sentence_that_says_what_to_lower(
+    tiny_folder: Path,
+    tmp_path: Path,
+    in_step: Callable[[int, Callable[[], object]], None],
+    capsys: pytest.CaptureFixture[str],
+    act: Callable[[], object],
+):
+    in_step(2, act)
+    assert _fit(_config(tiny_folder, tmp_path)) == 1
+    said = _said(capsys)
+    assert said.startswith("lcprune: not enough memory (")
+    assert "lower data.batch_size" in said
+    assert "model.activations: recompute" in said
+    assert newest_whole(tmp_path / "run" / "checkpoints")[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), "another rank"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "not enough memory"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("size mismatch"), None),
+        (ValueError("out of memory of old times"), None),
+    ],
+)
+def test_errors_of_the_machine_are_told_from_defects(error: Exception, words: str | None):
+    said = failures.sentence(error)
+    assert said is None if words is None else words in str(said)
+
+
+class Ranks:
+    """A run of two processes, begun by Lightning's launcher as a user would."""
+
+    def __init__(self, config: Path, *options: str) -> None:
+        self.folder = config.parent / "run"
+        self.first = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "lcprune", "fit", "--config", str(config), *options],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def wait_for(self, name: str) -> None:
+        """Until a checkpoint is there."""
+        until = time.monotonic() + 240
+        while not (self.folder / "checkpoints" / name).exists():
+            assert self.first.poll() is None, self.first.communicate()[1][-3000:]
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    @property
+    def second(self) -> int:
+        """The process of rank 1."""
+        children = Path(f"/proc/{self.first.pid}/task/{self.first.pid}/children").read_text().split()
+        return next(int(child) for child in children if b"lcprune" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+    def end(self, seconds: float = 60) -> tuple[int, str]:
+        """Status and last words of the first."""
+        try:
+            words = self.first.communicate(timeout=seconds)[1]
+        except subprocess.TimeoutExpired:
+            self.first.kill()
+            raise
+        return self.first.returncode, words
+
+
+def _gone(process: int, seconds: float = 60) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_rank_ends_when_its_launcher_is_gone():
+    """With gloo an exchange breaks off at once; with NCCL a rank can wait in it: here it sleeps."""
+    rank = "import time; from lcprune.cli.ranks import end_with_launcher as end; end(0.1); print('up', flush=True)"
+    launcher = (
+        "import os, subprocess, sys; "
+        f"p = subprocess.Popen([sys.executable, '-c', {rank + '; time.sleep(100)'!r}], env=os.environ, stderr=2); "
+        "print(p.pid, flush=True); p.wait()"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", launcher],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None
+    second = int(first.stdout.readline())
+    assert first.stdout.readline() == "up\n"
+    assert not _gone(second, 0.5)
+    first.kill()
+    assert _gone(second, 30)
+    assert "rank 0 died" in first.communicate()[1]
+
+
+TWO = {"trainer__devices": 2, "trainer__strategy": "ddp", "trainer__max_steps": 400, "trainer__max_epochs": -1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_rank_that_dies_takes_the_others_with_it_within_a_minute(tiny_folder: Path, tmp_path: Path, victim: str):
+    ranks = Ranks(_config(tiny_folder, tmp_path, **TWO))
+    ranks.wait_for("step=3.ckpt")
+    first, second = ranks.first.pid, ranks.second
+    os.kill({"first": first, "second": second}[victim], signal.SIGKILL)
+    status, words = ranks.end()
+    assert _gone(second)
+    assert status != 0
+    assert victim == "first" or "Traceback" not in words or "another rank broke off" in words
+    assert newest_whole(tmp_path / "run" / "checkpoints")[0] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["first", "second"])
+def test_sigterm_to_one_rank_stops_all_behind_the_same_step(tiny_folder: Path, tmp_path: Path, told: str):
+    ranks = Ranks(_config(tiny_folder, tmp_path, **TWO))
+    ranks.wait_for("step=3.ckpt")
+    first, second = ranks.first.pid, ranks.second
+    os.kill({"first": first, "second": second}[told], signal.SIGTERM)
+    status, words = ranks.end()
+    assert _gone(second)
+    assert status == 143, words[-3000:]
+    assert "stopped by SIGTERM after optimizer step" in words
+    record = read(tmp_path / "run" / "checkpoints" / "sigterm.ckpt")
+    assert (record.history.depth, len(record.rng)) == (4, 2)
