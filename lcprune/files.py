@@ -1,6 +1,8 @@
 """Files that are whole or not there: written beside, then renamed. And where this user's cache is."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -30,3 +32,20 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """For what is too large for `write_bytes`: a name beside `path` to write to, which becomes `path` in the end.
+
+    Whatever fails leaves `path` as it was and nothing beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

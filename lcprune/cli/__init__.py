@@ -27,6 +27,8 @@ without training:
   score      every criterion over every layer
   cache      what the teacher says about the training text, stored once; fit then looks it up
   export     a checkpoint becomes a Hugging Face folder
+  collapse-checkpoint
+             merge in a checkpoint, between two runs of fit that cannot merge themselves
 
 start here:
   lcprune fit --config recipes/quickstart.yaml
@@ -99,10 +101,12 @@ def _run(command: str, arguments: list[str]) -> int:
         from lcprune.cli.caching import run
     elif command == "export":
         from lcprune.cli.delivery import run
+    elif command == "collapse-checkpoint":
+        from lcprune.cli.surgery import run
     else:
         from difflib import get_close_matches
 
-        known = (*TRAINING, "collapse", "score", "cache", "export")
+        known = (*TRAINING, "collapse", "score", "cache", "export", "collapse-checkpoint")
         near = get_close_matches(command, known, 1)
         raise InputError(
             f"{command!r} is not a command{f', did you mean {near[0]}?' if near else ';'} "

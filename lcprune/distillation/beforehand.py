@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lcprune.distillation.levels import Labels, Logits
 from lcprune.distillation.phases import Phase
+from lcprune.distillation.strategies import is_ddp
 from lcprune.distillation.trained import Trained, trained_layers
 from lcprune.errors import InputError
 from lcprune.merging.lineage import Lineage
@@ -50,7 +51,10 @@ def check_strategy(strategy: Strategy, phases: Sequence[Phase], usually: Trained
     Raises:
         InputError: If a phase would leave it waiting.
     """
-    if not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters"):
+    if not is_ddp(strategy):
+        return
+    assert isinstance(strategy, DDPStrategy)
+    if strategy._ddp_kwargs.get("find_unused_parameters"):
         return
     for phase in phases:
         on_head = any(isinstance(level, Logits | Labels) for level in phase.objective)

@@ -125,7 +125,7 @@ def read(path: Path) -> Record:
     Raises:
         InputError: If the file is missing, not whole, or not ours.
     """
-    return Record.of(_load(path))
+    return Record.of(load_file(path))
 
 
 def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
@@ -136,7 +136,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     Raises:
         InputError: As `read`, or if the teacher's config cannot be found any more or does not fit.
     """
-    checkpoint = _load(path)
+    checkpoint = load_file(path)
     record = Record.of(checkpoint)
     config = demo.read_config(record.history.teacher)
     record.check_fits(record.history.teacher, fingerprint_of(config))
@@ -164,7 +164,8 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     return model.eval(), record
 
 
-def _load(path: Path) -> dict[str, object]:
+def load_file(path: Path) -> dict[str, object]:
+    """A checkpoint as it lies in its file; raises InputError if it is missing or not whole."""
     if not path.is_file():
         raise InputError(f"ckpt_path={path} does not exist or is not a file: checkpoints are in RUN/checkpoints/.")
     try:

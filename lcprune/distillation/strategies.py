@@ -5,14 +5,43 @@ from math import ceil
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
+
+from lcprune.errors import InputError
+
+OTHERS = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}
+"""Descendants of the strategies that layers can be merged under, which they cannot; by name: some are not installed."""
+
+
+def is_ddp(strategy: Strategy) -> bool:
+    """Whether it is plain DDP, a wrapper whose reducer waits for the gradients of the module's own Parameters."""
+    return isinstance(strategy, DDPStrategy) and not _is_other(strategy)
+
+
+def check_merges(strategy: Strategy) -> None:
+    """Raises InputError for a strategy under which layers cannot merge while they are trained.
+
+    What FSDP1 and DeepSpeed train are slices of one long vector per wrapper, tensor parallel layers are cut along
+    their heads, and XLA has compiled the old depth.
+    """
+    if is_ddp(strategy) or (isinstance(strategy, SingleDeviceStrategy) and not _is_other(strategy)):
+        return
+    raise InputError(
+        f"trainer.strategy={type(strategy).__name__} cannot merge layers during training: use a single device or ddp, "
+        "or set collapse.schedule: null and merge between two runs with `lcprune collapse-checkpoint IN OUT`."
+    )
+
+
+def _is_other(strategy: Strategy) -> bool:
+    return not OTHERS.isdisjoint(base.__name__ for base in type(strategy).__mro__)
 
 
 def parameters_changed(strategy: Strategy) -> None:
     """Other Parameters are trained than before, or there are fewer: DDP's reducer is made anew around the module."""
-    if isinstance(strategy, DDPStrategy):
+    if is_ddp(strategy):
+        assert isinstance(strategy, DDPStrategy)
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
 
