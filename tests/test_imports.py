@@ -21,7 +21,7 @@ ROOMS = {
     "search budget within collapse shards streaming heatmaps",
     "distillation": "schedules accumulation strategies randomness divergences buckets head fused losses metrics levels "
     "trained passes quantized teacher beginning adapters pair phases beforehand objectives evaluated cache fill "
-    "recall optim checkpoint module throughput callbacks offline",
+    "recall sharded optim checkpoint module throughput callbacks offline",
     "data": "preprocess sources author generate module",
     "delivery": "pictures card export figures evaluate report",
 }

@@ -23,11 +23,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lcprune.distillation import adapters, beforehand, optim
+from lcprune.distillation import adapters, beforehand, optim, sharded
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Milestone, Schedule
-from lcprune.distillation.strategies import check_merges, optimizer_steps, parameters_changed
+from lcprune.distillation.strategies import check_merges, is_sharding, optimizer_steps, parameters_changed
 from lcprune.errors import InputError, RunError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
@@ -224,7 +224,8 @@ class ProgressiveCollapse(Callback):
     def agreed_plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
         """Rank 0's plan, on every rank; a mistake that it finds is raised on every rank too."""
         plan: MergeHistory | InputError | None = None
-        if trainer.is_global_zero:
+        # Of a sharded teacher every layer is gathered from all ranks: all of them plan, and rank 0 is right.
+        if trainer.is_global_zero or is_sharding(trainer.strategy):
             try:
                 plan = MergeHistory(module.history.depth, self._plan(trainer, module, target))
             except InputError as error:
@@ -242,7 +243,7 @@ class ProgressiveCollapse(Callback):
         calibration = Calibration(
             module.student, source.calibration_batches(), original=module.teacher.model, history=module.history
         )
-        with _planning(trainer), adapters.plain(module.student):
+        with _planning(trainer), sharded.whole(module.student), adapters.plain(module.student):
             steps = with_refit(self.planner.plan(calibration, self.operator, target), self.refit)
         return tuple(replace(step, global_step=trainer.global_step) for step in steps)
 
@@ -256,13 +257,13 @@ def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeSte
             return measure_activity(module.student, batches, wanted)
 
     before = module.history
-    with adapters.plain(module.student) as adapted:
+    with sharded.whole(module.student) as shards, adapters.plain(module.student) as adapted:
         for step in steps:
             outcome = surgery.apply(module.student, step, activity)
             if batches:
                 _share(outcome.merged)
             for optimizer in trainer.optimizers:
-                optim.carry_over(optimizer, outcome)
+                optim.carry_over(optimizer, shards.of(outcome))
             module.history = module.history.append(step)
         if batches and steps[-1].refit is not None:
             _repair(trainer, module, batches, before)

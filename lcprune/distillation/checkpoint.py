@@ -38,6 +38,8 @@ FINGERPRINT = (
     "tie_word_embeddings",
 )
 """Config fields by which a checkpoint's teacher is recognised."""
+META = "meta.pt"
+"""What of a distributed checkpoint, which is a folder, is not cut into shards; Lightning's name."""
 PREFIX = "student."
 """What the student's tensors are called in a checkpoint's state dict, before their own names."""
 
@@ -125,7 +127,7 @@ def read(path: Path) -> Record:
     Raises:
         InputError: If the file is missing, not whole, or not ours.
     """
-    return Record.of(load_file(path))
+    return Record.of(load_file(path / META if path.is_dir() else path))
 
 
 def load_student(path: Path) -> tuple[PreTrainedModel, Record]:

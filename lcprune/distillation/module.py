@@ -16,18 +16,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from lcprune import demo
-from lcprune.distillation import adapters, beforehand, beginning, objectives, quantized, recall
+from lcprune.distillation import adapters, beforehand, beginning, objectives, quantized, recall, sharded
 from lcprune.distillation import phases as phases_room
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
 from lcprune.distillation.accumulation import TokenWindow
 from lcprune.distillation.adapters import Lora
 from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
-from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of
+from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of, read
 from lcprune.distillation.evaluated import Evaluated
 from lcprune.distillation.levels import Level, Logits
 from lcprune.distillation.optim import Rewarming
@@ -35,7 +35,7 @@ from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import RngState, restore_rng_state, rng_state
-from lcprune.distillation.strategies import clip_gradients, optimizer_steps, parameters_changed
+from lcprune.distillation.strategies import clip_gradients, is_sharding, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
 from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
@@ -138,6 +138,8 @@ class DistillationModule(Evaluated):
         self.next_merge: int | None = None
         """Optimizer step of the next merge, where one is to come; `ProgressiveCollapse` keeps it."""
         self._window = TokenWindow()
+        self.resume_from: Path | None = None
+        """Checkpoint that a sharded run goes on from, where `trainer.ckpt_path` does not say so before `fit`."""
 
     @property
     def teacher_config(self) -> PretrainedConfig:
@@ -195,8 +197,12 @@ class DistillationModule(Evaluated):
         """Loads the teacher and makes the student a second view of it; later calls change nothing."""
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
         if self.teacher is not None:
-            self.teacher.model.to(device)  # type: ignore[arg-type]
+            if not sharded.is_sharded(self.teacher.model):
+                self.teacher.model.to(device)  # type: ignore[arg-type]
             return
+        sharding = self._trainer is not None and is_sharding(self._trainer.strategy)
+        if sharding:
+            device = torch.device("cpu")  # no device need hold a whole model
         layout = layout_of(self.teacher_config)
         if self.lora is not None:
             self.lora.check(layout)
@@ -206,6 +212,8 @@ class DistillationModule(Evaluated):
         if self.student_folder is not None:
             same = beginning.take_over(student, self.student_folder, self.begun, self.weights_dtype)
             self._prefix_is_original &= same
+        if sharding:
+            self._resume_depth(student)
         student.train()
         if self.lora is not None:
             adapters.attach(student, self.lora)
@@ -217,14 +225,39 @@ class DistillationModule(Evaluated):
                 layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
         self.teacher = Teacher(model)
         self.student = student
+        if sharding:
+            assert self.device_mesh is not None
+            for each in (model, student):
+                sharded.shard(each, self.device_mesh["data_parallel"])
+            self._prefix_is_original = False  # the two share no layer
         self.choose_trained()
+
+    def _resume_depth(self, student: PreTrainedModel) -> None:
+        """Gives a student that is about to be sharded the depth of the checkpoint, which is loaded only then."""
+        path = self.resume_from or self.trainer.ckpt_path
+        if path is None:
+            return
+        record = read(Path(path))
+        self._check_resumes(record)
+        rest = record.history.after(self.history)
+        assert rest is not None
+        surgery.replay(student, rest)
+        self.history = record.history
+
+    def _check_resumes(self, record: Record) -> None:
+        record.check_fits(self.teacher_name, self.fingerprint)
+        record.check_adapters(None if self.lora is None else self.lora.record)
+        record.check_begun(self.begun)
 
     def choose_trained(self) -> None:
         """Makes trainable what the phase that is on, and the merges so far, say; after a merge it has to be asked."""
         assert self.teacher is not None
         what = self.now.phase.trained(self.train_usually)
         chosen = trained_room.trained_parameters(self.student, what, self.history.lineage)
-        trained_room.train(self.student, self.teacher.model, chosen, self._trained_dtype(what))
+        if sharded.is_sharded(self.student):
+            trained_room.mark(self.student, chosen)
+        else:
+            trained_room.train(self.student, self.teacher.model, chosen, self._trained_dtype(what))
         self._training = what
         self._prefix_is_original &= what in trained_room.BESIDE_PREFIX
 
@@ -328,9 +361,7 @@ class DistillationModule(Evaluated):
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Replays the history on the freshly loaded student, so that the checkpoint's weights fit it."""
         record = Record.of(checkpoint)
-        record.check_fits(self.teacher_name, self.fingerprint)
-        record.check_adapters(None if self.lora is None else self.lora.record)
-        record.check_begun(self.begun)
+        self._check_resumes(record)
         if record.history.teacher != self.teacher_name:
             rank_zero_warn(
                 f"the checkpoint's teacher is {record.history.teacher!r}, model.teacher is {self.teacher_name!r}: "
@@ -344,6 +375,9 @@ class DistillationModule(Evaluated):
             )
         surgery.replay(self.student, rest)
         self.history = record.history
+        self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
+        if sharded.is_sharded(self.student):
+            return  # weights and optimizer have been loaded by the strategy
         quantized.restore(self.student, record.packed)
         weights = checkpoint["state_dict"]
         assert isinstance(weights, dict)
@@ -351,7 +385,6 @@ class DistillationModule(Evaluated):
         self.choose_trained()
         stored = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
         self._prefix_is_original &= trained_room.make_room(self.student, stored, record.history.lineage)
-        self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
 
     def on_train_start(self) -> None:
         """Continues the random numbers of an interrupted run, and a cosine whose length the run decides."""
@@ -376,5 +409,5 @@ class DistillationModule(Evaluated):
 
     def teardown(self, stage: str) -> None:
         """Lets the trainer's device memory go: the teacher moves to the CPU with the student."""
-        if self.teacher is not None:
+        if self.teacher is not None and not sharded.is_sharded(self.teacher.model):
             self.teacher.model.to("cpu")

@@ -5,7 +5,7 @@ from math import ceil
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
 
@@ -20,17 +20,26 @@ def is_ddp(strategy: Strategy) -> bool:
     return isinstance(strategy, DDPStrategy) and not _is_other(strategy)
 
 
+def is_sharding(strategy: Strategy) -> bool:
+    """Whether it is FSDP2, under which the module shards its models itself."""
+    return isinstance(strategy, ModelParallelStrategy)
+
+
 def check_merges(strategy: Strategy) -> None:
     """Raises InputError for a strategy under which layers cannot merge while they are trained.
 
-    What FSDP1 and DeepSpeed train are slices of one long vector per wrapper, tensor parallel layers are cut along
-    their heads, and XLA has compiled the old depth.
+    What FSDP1 and DeepSpeed train are slices of one long vector per wrapper, and XLA has compiled the old depth.
     """
-    if is_ddp(strategy) or (isinstance(strategy, SingleDeviceStrategy) and not _is_other(strategy)):
+    if (
+        is_sharding(strategy)
+        or is_ddp(strategy)
+        or (isinstance(strategy, SingleDeviceStrategy) and not _is_other(strategy))
+    ):
         return
     raise InputError(
-        f"trainer.strategy={type(strategy).__name__} cannot merge layers during training: use a single device or ddp, "
-        "or set collapse.schedule: null and merge between two runs with `lcprune collapse-checkpoint IN OUT`."
+        f"trainer.strategy={type(strategy).__name__} cannot merge layers during training: use a single device, ddp or "
+        "ModelParallelStrategy (recipes/fsdp.yaml), or set collapse.schedule: null and merge between two runs with "
+        "`lcprune collapse-checkpoint IN OUT`."
     )
 
 

@@ -22,7 +22,6 @@ from lcprune.distillation.adapters import Lora
 from lcprune.distillation.levels import Boundary, Local
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.phases import Phase
-from lcprune.merging.calibration import Batch
 from lcprune.merging.concat import Concat
 from lcprune.merging.operators import Rdsc, WeightedAverage
 from tests.distillation import runs
