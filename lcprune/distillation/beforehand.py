@@ -1,6 +1,6 @@
 """What can be known to fail before any weight is loaded, from the settings of a run alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lcprune.distillation.levels import Labels, Logits
 from lcprune.distillation.phases import Phase
-from lcprune.distillation.strategies import is_ddp
+from lcprune.distillation.strategies import is_ddp, is_sharding, is_tensor_parallel
 from lcprune.distillation.trained import Trained, trained_layers
 from lcprune.errors import InputError
 from lcprune.merging.lineage import Lineage
@@ -64,6 +64,37 @@ def check_strategy(strategy: Strategy, phases: Sequence[Phase], usually: Trained
                 "last merged one, for whose gradients trainer.strategy=ddp would wait: add Logits, set train: merged, "
                 "or use strategy ddp_find_unused_parameters_true."
             )
+
+
+def check_sharding(strategy: Strategy, precision: str, phases: Sequence[Phase], others: Mapping[str, bool]) -> None:
+    """Under FSDP2 only what reaches every layer by a call of the whole model is known to work.
+
+    Args:
+        strategy: The trainer's; any but FSDP2's passes.
+        precision: The trainer's.
+        phases: Of the run.
+        others: Settings that nothing is known to work with there -> whether they are on.
+
+    Raises:
+        InputError: Naming all that does not go together.
+    """
+    if not is_sharding(strategy):
+        return
+    wrong = [setting for setting, is_on in others.items() if is_on]
+    if is_tensor_parallel(strategy):
+        wrong.append("a tensor_parallel_size other than 1 (auto cuts layers along their heads within a machine)")
+    if precision not in ("32-true", "bf16-mixed"):
+        wrong.append(f"trainer.precision={precision} (32-true and bf16-mixed work)")
+    for level in dict.fromkeys(type(level).__name__ for phase in phases for level in phase.objective):
+        if level == "Local":
+            wrong.append("the level Local, which calls single layers")
+    if any(not any(isinstance(level, Logits) for level in phase.objective) for phase in phases):
+        wrong.append("an objective without Logits, which ends in the middle of the model")
+    if wrong:
+        raise InputError(
+            f"trainer.strategy=ModelParallelStrategy cuts student and teacher into shards and does not work with "
+            f"{', nor with '.join(wrong)}: change that, or use strategy ddp."
+        )
 
 
 def check_trains(phases: Sequence[Phase], usually: Trained, lineage: Lineage, first_merge: float) -> None:

@@ -168,6 +168,12 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
 
 def load_file(path: Path) -> dict[str, object]:
     """A checkpoint as it lies in its file; raises InputError if it is missing or not whole."""
+    if path.is_dir():
+        raise InputError(
+            f"ckpt_path={path} is a folder, a checkpoint in shards from which only the strategy that wrote it goes on: "
+            "name one that is a single file (save_distributed_checkpoint: false, or FSDPStrategy's state_dict_type: "
+            "full, writes such)."
+        )
     if not path.is_file():
         raise InputError(f"ckpt_path={path} does not exist or is not a file: checkpoints are in RUN/checkpoints/.")
     try:

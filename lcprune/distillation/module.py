@@ -179,6 +179,7 @@ class DistillationModule(Evaluated):
 
     def setup(self, stage: str) -> None:
         """Before weights are loaded, refuses what training could not begin or go on with."""
+        self.check_sharding()
         if stage == "fit":
             beforehand.try_out(self.make_optimizer, self.make_scheduler)
             beforehand.check_strategy(self.trainer.strategy, self.phases, self.train_usually)
@@ -186,6 +187,16 @@ class DistillationModule(Evaluated):
             source = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.cache is not None and isinstance(source, TrainingBlocks):
                 self.cache.check_blocks(source.training_blocks())
+
+    def check_sharding(self) -> None:
+        """Raises InputError if the trainer's strategy shards the models and that does not go with other settings."""
+        others = {
+            "model.lora": self.lora is not None,
+            f"model.teacher_dtype={self.teacher_dtype}": self.teacher_dtype in ("int8", "nf4"),
+            "model.teacher_cache": self.teacher_cache is not None,
+            "model.compile_layers": self.compile_layers,
+        }
+        beforehand.check_sharding(self.trainer.strategy, self._precision, self.phases, others)
 
     def check_cache(self, lineages: Sequence[Lineage] | None) -> None:
         """Raises InputError if a teacher cache lacks states that training these lineages needs; None = not known."""
@@ -248,6 +259,19 @@ class DistillationModule(Evaluated):
         record.check_fits(self.teacher_name, self.fingerprint)
         record.check_adapters(None if self.lora is None else self.lora.record)
         record.check_begun(self.begun)
+
+    def gather(self, dtype: torch.dtype) -> None:
+        """Puts plain models in the place of sharded ones, on rank 0's CPU, the student in `dtype`; for all ranks."""
+        state = sharded.full_state(self.student)
+        if self.global_rank:
+            return
+        mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
+        model, student = load_pair(self.teacher_name, mine, theirs, torch.device("cpu"))
+        surgery.replay(student, self.history)
+        student.load_state_dict(state, assign=True)
+        student.tie_weights()
+        teacher_room.cast(student, dtype)
+        self.teacher, self.student = Teacher(model), student
 
     def choose_trained(self) -> None:
         """Makes trainable what the phase that is on, and the merges so far, say; after a merge it has to be asked."""

@@ -21,26 +21,34 @@ def is_ddp(strategy: Strategy) -> bool:
 
 
 def is_sharding(strategy: Strategy) -> bool:
-    """Whether it is FSDP2, under which the module shards its models itself."""
+    """Whether it is Lightning's for FSDP2, under which the module shards its models itself."""
     return isinstance(strategy, ModelParallelStrategy)
+
+
+def is_tensor_parallel(strategy: Strategy) -> bool:
+    """Whether layers would be cut along their heads too, as `auto` does within a machine."""
+    return isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size != 1
 
 
 def check_merges(strategy: Strategy) -> None:
     """Raises InputError for a strategy under which layers cannot merge while they are trained.
 
-    What FSDP1 and DeepSpeed train are slices of one long vector per wrapper, and XLA has compiled the old depth.
+    What FSDP1 and DeepSpeed train are slices of one long vector per wrapper, tensor parallel layers are cut along
+    their heads, and XLA has compiled the old depth.
     """
-    if (
-        is_sharding(strategy)
-        or is_ddp(strategy)
-        or (isinstance(strategy, SingleDeviceStrategy) and not _is_other(strategy))
-    ):
+    in_shards = is_sharding(strategy) and not is_tensor_parallel(strategy)
+    alone = isinstance(strategy, SingleDeviceStrategy) and not _is_other(strategy)
+    if in_shards or alone or is_ddp(strategy):
         return
     raise InputError(
-        f"trainer.strategy={type(strategy).__name__} cannot merge layers during training: use a single device, ddp or "
-        "ModelParallelStrategy (recipes/fsdp.yaml), or set collapse.schedule: null and merge between two runs with "
-        "`lcprune collapse-checkpoint IN OUT`."
+        f"trainer.strategy={type(strategy).__name__}{_size(strategy)} cannot merge layers during training: use one "
+        "device, ddp or ModelParallelStrategy with tensor_parallel_size: 1 (recipes/fsdp.yaml), or set "
+        "collapse.schedule: null and merge between two runs with `lcprune collapse-checkpoint IN OUT`."
     )
+
+
+def _size(strategy: Strategy) -> str:
+    return f" with tensor_parallel_size={strategy._tensor_parallel_size}" if is_tensor_parallel(strategy) else ""  # type: ignore[attr-defined]
 
 
 def _is_other(strategy: Strategy) -> bool:

@@ -1,6 +1,7 @@
 """One of several processes of a run, and what it has in the end: `ranks_run.py FOLDER TEACHER TEXT SCENARIO STRATEGY`.
 
-STRATEGY is one (a single process with the global batch), ddp or fsdp. Writes `rank0.json` and so on.
+STRATEGY is one (a single process with the global batch), ddp, fsdp (fsdp-distributed with checkpoints in shards), or
+fsdp-one, which shards among one process alone. Writes `rank0.json` and so on.
 """
 
 import gc
@@ -50,7 +51,7 @@ SCENARIOS = {
         {"optimizer": MILD, "train": "layers"},
     ),
     "phases": Scenario(
-        lambda: ProgressiveCollapse(AtSteps({2: 5, 6: 4}), operator=WeightedAverage()),
+        lambda: ProgressiveCollapse(AtSteps({0: 5, 5: 4}), operator=WeightedAverage()),
         {
             "optimizer": MILD,
             "objective": None,
@@ -117,7 +118,9 @@ def stop() -> None:
 def strategy_of(name: str) -> Strategy | str:
     if name.startswith("fsdp"):
         return ModelParallelStrategy(
-            data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=name == "fsdp-distributed"
+            data_parallel_size=1 if name == "fsdp-one" else 2,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=name == "fsdp-distributed",
         )
     return "ddp" if name == "ddp" else "auto"
 
@@ -128,7 +131,7 @@ def train(
     scenario = SCENARIOS[name]
     torch.manual_seed(0)
     module, losses, watch = runs.student_of(teacher, **scenario.module), runs.Losses(), Watch()
-    alone = strategy == "one"
+    alone = strategy.endswith("one")
     trainer = runs.trainer_for(
         folder,
         losses,

@@ -30,7 +30,7 @@ def ranks(folder: Path, teacher: Path, text: Path, scenario: str, strategy: str)
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     files = sorted(folder.glob("rank*.json"))
-    assert len(files) == (1 if strategy == "one" else 2)
+    assert len(files) == (1 if strategy.endswith("one") else 2)
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -48,30 +48,44 @@ def check_alike(alone: Rank, both: list[Rank]) -> None:
     assert [rank["seen_layers"] for rank in (alone, *both)] == [6, 6, 6]
 
 
+DDP = ["curve", "refit", "phases", "local", "adapters"]
+FSDP = ["curve", "refit", "phases"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["curve", "refit", "phases", "local", "adapters"])
+@pytest.mark.parametrize(
+    ("scenario", "strategy"), [*((each, "ddp") for each in DDP), *((each, "fsdp") for each in FSDP)]
+)
 def test_two_processes_train_and_merge_like_one_with_the_same_global_batch(
-    tiny_folder: Path, text: Path, tmp_path: Path, scenario: str
+    tiny_folder: Path, text: Path, tmp_path: Path, scenario: str, strategy: str
 ):
     (alone,) = ranks(tmp_path / "one", tiny_folder, text, scenario, "one")
-    check_alike(alone, ranks(tmp_path / "ddp", tiny_folder, text, scenario, "ddp"))
+    both = ranks(tmp_path / strategy, tiny_folder, text, scenario, strategy)
+    check_alike(alone, both)
+    if (scenario, strategy) == ("curve", "ddp"):
+        for rank in both:
+            # Before steps 1, 4 and 7 there are gradients; four float32 numbers per parameter of one layer have gone.
+            before, then, now = (rank["bytes"][step] for step in ("1", "4", "7"))
+            assert before - then == then - now == 4 * 4 * LAYER
 
 
 @pytest.mark.slow
-def test_merge_frees_the_layers_weights_gradients_and_moments(tiny_folder: Path, text: Path, tmp_path: Path):
-    for rank in ranks(tmp_path / "ddp", tiny_folder, text, "curve", "ddp"):
-        # Before steps 1, 4 and 7 there are gradients; four float32 numbers per parameter of one layer have gone.
-        before, then, now = (rank["bytes"][step] for step in ("1", "4", "7"))
-        assert before - then == then - now == 4 * 4 * LAYER
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp-distributed"])
 def test_two_processes_that_were_interrupted_end_like_those_that_were_not(
-    tiny_folder: Path, text: Path, tmp_path: Path
+    tiny_folder: Path, text: Path, tmp_path: Path, strategy: str
 ):
-    whole = ranks(tmp_path / "whole", tiny_folder, text, "whole", "ddp")
+    whole = ranks(tmp_path / "whole", tiny_folder, text, "whole", strategy)
     for scenario in ("resume", "resume at"):
-        resumed = ranks(tmp_path / scenario, tiny_folder, text, scenario, "ddp")
+        resumed = ranks(tmp_path / scenario, tiny_folder, text, scenario, strategy)
         for before, after in zip(whole, resumed, strict=True):
             assert (before["exact"], before["losses"]) == (after["exact"], after["losses"])
             assert before["digest"] == after["digest"]
+
+
+def test_shards_of_one_process_merge_and_resume_and_let_go_of_layers(tiny_folder: Path, text: Path, tmp_path: Path):
+    (rank,) = ranks(tmp_path / "fsdp", tiny_folder, text, "resume", "fsdp-one")
+    assert rank["lineage"] == [[0], [1, 2], [3, 4], [5]]
+    assert sorted(map(int, rank["losses"])) == list(range(1, 11))
+    assert len(rank["held"]) == rank["states"] == 4 * 9 + 2
+    assert None not in rank["held"]
+    assert rank["dead"] == 0
