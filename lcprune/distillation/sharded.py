@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import hidden_states
+from lcprune.merging.calibration import evaluating, hidden_states
 from lcprune.merging.surgery import Outcome
 
 
@@ -129,7 +129,7 @@ def _write(parameter: nn.Parameter, full: Tensor) -> None:
 
 def _begin(student: PreTrainedModel, parts: Sequence[FSDPModule]) -> None:
     """Everything in shards: FSDP sets itself up in the first call, and the last one may have left the root whole."""
-    with torch.no_grad():
+    with evaluating(student):
         hidden_states(student, {"input_ids": torch.zeros(1, 1, dtype=torch.long)})
     for part in parts:
         part.reshard()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -40,6 +41,8 @@ class Scenario:
     module: dict[str, object]
     stop: tuple[int, str] | None = None
     """Where the run is interrupted for the first time, to be resumed at once."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """The trainer's."""
 
 
 SCENARIOS = {
@@ -73,6 +76,9 @@ SCENARIOS = {
         (3, "at"),
     ),
 }
+SCENARIOS["mixed"] = replace(
+    SCENARIOS["curve"], module={"optimizer": MILD, "activations": "recompute"}, precision="bf16-mixed"
+)
 SCENARIOS["whole"] = replace(SCENARIOS["resume"], stop=None)
 SCENARIOS["local"] = Scenario(
     SCENARIOS["phases"].collapse,
@@ -118,9 +124,9 @@ def stop() -> None:
 def strategy_of(name: str) -> Strategy | str:
     if name.startswith("fsdp"):
         return ModelParallelStrategy(
-            data_parallel_size=1 if name == "fsdp-one" else 2,
+            data_parallel_size=1 if "one" in name else 2,
             tensor_parallel_size=1,
-            save_distributed_checkpoint=name == "fsdp-distributed",
+            save_distributed_checkpoint="distributed" in name,
         )
     return "ddp" if name == "ddp" else "auto"
 
@@ -131,7 +137,7 @@ def train(
     scenario = SCENARIOS[name]
     torch.manual_seed(0)
     module, losses, watch = runs.student_of(teacher, **scenario.module), runs.Losses(), Watch()
-    alone = strategy.endswith("one")
+    alone = "one" in strategy
     trainer = runs.trainer_for(
         folder,
         losses,
@@ -143,6 +149,7 @@ def train(
         devices=1 if alone else 2,
         max_steps=10,
         gradient_clip_val=1.0,
+        precision=scenario.precision,
     )
     data = runs.data_for(teacher, text, batch_size=4 if alone else 2)
     if resume:
