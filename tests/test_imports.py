@@ -21,7 +21,7 @@ ROOMS = {
     "search budget within collapse shards streaming heatmaps",
     "distillation": "schedules accumulation strategies randomness storing boundary faults signals divergences buckets "
     "head fused losses metrics levels trained passes quantized adapters teacher beginning pair phases "
-    "beforehand objectives evaluated cache fill recall optim checkpoint module throughput callbacks "
+    "beforehand objectives evaluated cache fill recall sharded optim checkpoint module throughput callbacks offline "
     "comparison",
     "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate "
     "origin module",

@@ -113,7 +113,7 @@ def goal(budget: Budget | None, cli: RecipeCLI) -> Goal:
     callback, depth = collapse_of(cli), options.depth_of_teacher(cli)
     if budget is None:
         budget = Depth(_end_of_schedule(callback, depth))
-    model = _as_stored(cli.model.teacher_config)
+    model = as_stored(cli.model.teacher_config)
     collapse.check(model, budget, callback.planner, callback.operator, callback.refit)
     return Goal(budget, budget.depth(model))
 
@@ -127,7 +127,7 @@ def outcome(history: MergeHistory, cli: RecipeCLI, budget: Budget | None = None,
         budget: What was asked for.
         folder: Where it has been written, if it has been; without it, its size is that of its tensors.
     """
-    model = _as_stored(cli.model.teacher_config)
+    model = as_stored(cli.model.teacher_config)
     before = _parameters(model), _bytes(model)
     surgery.replay(model, history)
     after = _parameters(model), folder_size(folder) if folder is not None else _bytes(model)
@@ -149,7 +149,7 @@ def _end_of_schedule(callback: ProgressiveCollapse, depth: int) -> int:
     return callback.schedule.target(depth)
 
 
-def _as_stored(config: PretrainedConfig) -> PreTrainedModel:
+def as_stored(config: PretrainedConfig) -> PreTrainedModel:
     """The original without its weights, in the dtype that the student will be stored in."""
     model = on_meta(config)
     cast(model, stored_dtype(config))

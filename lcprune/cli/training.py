@@ -32,12 +32,13 @@ from lcprune.cli.resuming import last_checkpoint
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import check_target, export
 from lcprune.delivery.figures import Figures, model_figures, throughput
-from lcprune.distillation import adapters, checkpoint
+from lcprune.distillation import adapters, checkpoint, sharded
 from lcprune.distillation.callbacks import ProgressiveCollapse, measure
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F401 - short names in recipes
 from lcprune.distillation.signals import STATUS, SaveOnSignal, Terminated
 from lcprune.distillation.storing import AtomicCheckpointIO
+from lcprune.distillation.strategies import is_sharding
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.distillation.throughput import Throughput  # noqa: F401
 from lcprune.errors import InputError, Stopped
@@ -201,6 +202,12 @@ class RecipeCLI(LightningCLI):
             self.record.check_fits(self.model.teacher_name, self.model.fingerprint)
             self.record.check_adapters(None if self.model.lora is None else self.model.lora.record)
             self.record.check_begun(self.model.begun)
+            self.model.resume_from = Path(self._get(self.config, "ckpt_path"))
+        elif is_sharding(self.trainer.strategy) and (path := self._get(self.config, "ckpt_path")):
+            raise InputError(
+                f"ckpt_path={path} under ModelParallelStrategy: how many layers to cut into shards has to be known "
+                "before anything is loaded, name the checkpoint's own path."
+            )
 
     @property
     def run_folder(self) -> Path:
@@ -211,13 +218,17 @@ class RecipeCLI(LightningCLI):
         """Exports the student and prints what became of it."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # The trainer has torn down: bring the models back to where they were trained.
-        device = self.trainer.strategy.root_device
-        self.model.to(device)
-        self.model.teacher.model.to(device)
-        adapters.fold(self.model.student)
-        cast(self.model.student, stored_dtype(self.model.teacher_config))
-        final = measure(self.trainer, self.model)
+        if sharded.is_sharded(self.model.student):
+            final = measure(self.trainer, self.model)
+            self.model.gather(stored_dtype(self.model.teacher_config))
+        else:
+            # The trainer has torn down: bring the models back to where they were trained.
+            device = self.trainer.strategy.root_device
+            self.model.to(device)
+            self.model.teacher.model.to(device)
+            adapters.fold(self.model.student)
+            cast(self.model.student, stored_dtype(self.model.teacher_config))
+            final = measure(self.trainer, self.model)
         folder = self.run_folder  # asks all ranks
         if self.trainer.is_global_zero:
             self._deliver(final, folder)

@@ -1,7 +1,7 @@
 """What can be known to fail before any weight is loaded, from the settings of a run alone."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from lcprune.distillation.levels import Labels, Logits
 from lcprune.distillation.phases import Phase
+from lcprune.distillation.strategies import is_ddp, is_sharding, is_tensor_parallel
 from lcprune.distillation.trained import Trained, trained_layers
 from lcprune.errors import InputError
 from lcprune.merging.calibration import UNPACKABLE, Batch, check_packable
@@ -93,7 +94,10 @@ def check_strategy(strategy: Strategy, phases: Sequence[Phase], usually: Trained
     Raises:
         InputError: If a phase would leave it waiting.
     """
-    if not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters"):
+    if not is_ddp(strategy):
+        return
+    assert isinstance(strategy, DDPStrategy)
+    if strategy._ddp_kwargs.get("find_unused_parameters"):
         return
     for phase in phases:
         on_head = any(isinstance(level, Logits | Labels) for level in phase.objective)
@@ -103,6 +107,37 @@ def check_strategy(strategy: Strategy, phases: Sequence[Phase], usually: Trained
                 "last merged one, for whose gradients trainer.strategy=ddp would wait: add Logits, set train: merged, "
                 "or use strategy ddp_find_unused_parameters_true."
             )
+
+
+def check_sharding(strategy: Strategy, precision: str, phases: Sequence[Phase], others: Mapping[str, bool]) -> None:
+    """Under FSDP2 only what reaches every layer by a call of the whole model is known to work.
+
+    Args:
+        strategy: The trainer's; any but FSDP2's passes.
+        precision: The trainer's.
+        phases: Of the run.
+        others: Settings that nothing is known to work with there -> whether they are on.
+
+    Raises:
+        InputError: Naming all that does not go together.
+    """
+    if not is_sharding(strategy):
+        return
+    wrong = [setting for setting, is_on in others.items() if is_on]
+    if is_tensor_parallel(strategy):
+        wrong.append("a tensor_parallel_size other than 1 (auto cuts layers along their heads within a machine)")
+    if precision not in ("32-true", "bf16-mixed"):
+        wrong.append(f"trainer.precision={precision} (32-true and bf16-mixed work)")
+    for level in dict.fromkeys(type(level).__name__ for phase in phases for level in phase.objective):
+        if level == "Local":
+            wrong.append("the level Local, which calls single layers")
+    if any(not any(isinstance(level, Logits) for level in phase.objective) for phase in phases):
+        wrong.append("an objective without Logits, which ends in the middle of the model")
+    if wrong:
+        raise InputError(
+            f"trainer.strategy=ModelParallelStrategy cuts student and teacher into shards and does not work with "
+            f"{', nor with '.join(wrong)}: change that, or use strategy ddp."
+        )
 
 
 def check_trains(phases: Sequence[Phase], usually: Trained, lineage: Lineage, first_merge: float) -> None:

@@ -18,17 +18,16 @@ from math import inf
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lcprune.distillation import adapters, beforehand, optim
+from lcprune.distillation import adapters, beforehand, optim, sharded
 from lcprune.distillation.beforehand import CalibrationSource
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Milestone, Schedule
-from lcprune.distillation.strategies import optimizer_steps, parameters_changed
+from lcprune.distillation.strategies import check_merges, is_sharding, optimizer_steps, parameters_changed
 from lcprune.errors import InputError, RunError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
@@ -102,28 +101,28 @@ class ProgressiveCollapse(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.schedule.check(depth, trainer.max_steps)
         for _, target in self.schedule.milestones(depth):
-            after = self.planner.foresee(module.begun.lineage, target) if module.begun.steps else None
-            if after is None:
-                self.planner.check(depth, target)
-            elif len(after) > target:
-                raise InputError(
-                    f"{self.planner} leaves {len(after)} of the {depth} layers of model.student, the schedule asks for "
-                    f"{target}: name more groups or raise the target depth."
-                )
+            self.check_target(module.begun, target)
         self.operator.check(layout_of(module.teacher_config))
         if self.refit is not None:
             self.refit.check(layout_of(module.teacher_config))
-        if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
-            raise InputError(
-                f"trainer.strategy={type(trainer.strategy).__name__} cannot merge layers during training: "
-                "use a single device or ddp, or shorten the model first with `lcprune collapse`."
-            )
+        check_merges(trainer.strategy)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if not REFUSED.isdisjoint(base.__name__ for base in type(callback).__mro__):
                 raise InputError(
                     f"trainer.callbacks: {type(callback).__name__} holds on to weights that a merge takes away: "
                     "remove it, or train it after the last merge in a run of its own."
                 )
+
+    def check_target(self, done: MergeHistory, target: int) -> None:
+        """Raises InputError if it is known that the planner does not get a student of this history down to a depth."""
+        after = self.planner.foresee(done.lineage, target) if done.steps else None
+        if after is None:
+            self.planner.check(done.depth, target)
+        elif len(after) > target:
+            raise InputError(
+                f"{self.planner} leaves {len(after)} of the student's {done.depth} layers, {target} are asked for: "
+                "name more groups or raise the target depth."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merges that are due at the step a run starts or resumes at; refuses those that the epochs end before.
@@ -208,17 +207,18 @@ class ProgressiveCollapse(Callback):
         done = any(step.global_step == trainer.global_step for step in module.history.steps)
         if target is None or target >= module.history.depth or done:
             return
-        steps = self._agreed_plan(trainer, module, target)
+        steps = self.agreed_plan(trainer, module, target)
         if not steps:
             rank_zero_info(f"step {trainer.global_step}: {self.planner} found nothing to merge")
             return
         with module.boundary.changing("A merge"):
             merge(trainer, module, steps)
 
-    def _agreed_plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
+    def agreed_plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
         """Rank 0's plan, on every rank; a mistake that it finds is raised on every rank too."""
         plan: MergeHistory | InputError | None = None
-        if trainer.is_global_zero:
+        # Of a sharded teacher every layer is gathered from all ranks: all of them plan, and rank 0 is right.
+        if trainer.is_global_zero or is_sharding(trainer.strategy):
             try:
                 plan = MergeHistory(module.history.depth, self._plan(trainer, module, target))
             except InputError as error:
@@ -236,7 +236,7 @@ class ProgressiveCollapse(Callback):
         calibration = Calibration(
             module.student, source.calibration_batches(), original=module.teacher.model, history=module.history
         )
-        with _planning(trainer), adapters.plain(module.student):
+        with _planning(trainer), sharded.whole(module.student), adapters.plain(module.student):
             steps = with_refit(self.planner.plan(calibration, self.operator, target), self.refit)
         return tuple(replace(step, global_step=trainer.global_step) for step in steps)
 
@@ -250,13 +250,13 @@ def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeSte
             return measure_activity(module.student, batches, wanted)
 
     before = module.history
-    with adapters.plain(module.student) as adapted:
+    with sharded.whole(module.student) as shards, adapters.plain(module.student) as adapted:
         for step in steps:
             outcome = surgery.apply(module.student, step, activity)
             if batches:
                 _share(outcome.merged)
             for optimizer in trainer.optimizers:
-                optim.carry_over(optimizer, outcome)
+                optim.carry_over(optimizer, shards.of(outcome))
             module.history = module.history.append(step)
         if batches and steps[-1].refit is not None:
             _repair(trainer, module, batches, before)

@@ -39,6 +39,8 @@ FINGERPRINT = (
     "tie_word_embeddings",
 )
 """Config fields by which a checkpoint's teacher is recognised."""
+META = "meta.pt"
+"""What of a distributed checkpoint, which is a folder, is not cut into shards; Lightning's name."""
 PREFIX = "student."
 """What the student's tensors are called in a checkpoint's state dict, before their own names."""
 
@@ -126,7 +128,7 @@ def read(path: Path) -> Record:
     Raises:
         InputError: If the file is missing, not whole, or not ours.
     """
-    return Record.of(_load(path))
+    return Record.of(load_file(path / META if path.is_dir() else path))
 
 
 def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
@@ -137,7 +139,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     Raises:
         InputError: As `read`, or if the teacher's config cannot be found any more or does not fit.
     """
-    checkpoint = _load(path)
+    checkpoint = load_file(path)
     record = Record.of(checkpoint)
     config = demo.read_config(record.history.teacher)
     record.check_fits(record.history.teacher, fingerprint_of(config))
@@ -165,7 +167,14 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     return model.eval(), record
 
 
-def _load(path: Path) -> dict[str, object]:
+def load_file(path: Path) -> dict[str, object]:
+    """A checkpoint as it lies in its file; raises InputError if it is missing or not whole."""
+    if path.is_dir():
+        raise InputError(
+            f"ckpt_path={path} is a folder, a checkpoint in shards from which only the strategy that wrote it goes on: "
+            "name one that is a single file (save_distributed_checkpoint: false, or FSDPStrategy's state_dict_type: "
+            "full, writes such)."
+        )
     if not path.is_file():
         raise InputError(f"ckpt_path={path} does not exist or is not a file: checkpoints are in RUN/checkpoints/.")
     check_whole(path)

@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from lcprune import demo, weights
-from lcprune.distillation import adapters, beforehand, beginning, objectives, quantized, recall
+from lcprune.distillation import adapters, beforehand, beginning, objectives, quantized, recall, sharded
 from lcprune.distillation import phases as phases_room
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
@@ -28,7 +28,7 @@ from lcprune.distillation.accumulation import TokenWindow
 from lcprune.distillation.adapters import Lora
 from lcprune.distillation.boundary import StepBoundary
 from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
-from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of
+from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of, read
 from lcprune.distillation.evaluated import Evaluated
 from lcprune.distillation.faults import LossWatch, check_weights
 from lcprune.distillation.levels import Level, Logits
@@ -37,7 +37,7 @@ from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import RngState, restore_rng_state
-from lcprune.distillation.strategies import clip_gradients, optimizer_steps, parameters_changed
+from lcprune.distillation.strategies import clip_gradients, is_sharding, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
 from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
@@ -145,6 +145,8 @@ class DistillationModule(Evaluated):
         self._losses = LossWatch()
         self.boundary = StepBoundary()
         """Where the run stands between two optimizer steps."""
+        self.resume_from: Path | None = None
+        """Checkpoint that a sharded run goes on from, where `trainer.ckpt_path` does not say so before `fit`."""
 
     @property
     def teacher_config(self) -> PretrainedConfig:
@@ -188,6 +190,7 @@ class DistillationModule(Evaluated):
     def setup(self, stage: str) -> None:
         """Before weights are loaded, refuses what training could not begin or go on with."""
         beforehand.check_documents(self.teacher_config, self.trainer.datamodule)  # type: ignore[attr-defined]
+        self.check_sharding()
         if stage == "fit":
             beforehand.try_out(self.make_optimizer, self.make_scheduler)
             beforehand.check_strategy(self.trainer.strategy, self.phases, self.train_usually)
@@ -195,6 +198,16 @@ class DistillationModule(Evaluated):
             source = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.cache is not None and isinstance(source, TrainingBlocks):
                 self.cache.check_blocks(source.training_blocks())
+
+    def check_sharding(self) -> None:
+        """Raises InputError if the trainer's strategy shards the models and that does not go with other settings."""
+        others = {
+            "model.lora": self.lora is not None,
+            f"model.teacher_dtype={self.teacher_dtype}": self.teacher_dtype in ("int8", "nf4"),
+            "model.teacher_cache": self.teacher_cache is not None,
+            "model.compile_layers": self.compile_layers,
+        }
+        beforehand.check_sharding(self.trainer.strategy, self._precision, self.phases, others)
 
     def check_cache(self, lineages: Sequence[Lineage] | None) -> None:
         """Raises InputError if a teacher cache lacks states that training these lineages needs; None = not known."""
@@ -206,8 +219,12 @@ class DistillationModule(Evaluated):
         """Loads the teacher and makes the student a second view of it; later calls change nothing."""
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
         if self.teacher is not None:
-            self.teacher.model.to(device)  # type: ignore[arg-type]
+            if not sharded.is_sharded(self.teacher.model):
+                self.teacher.model.to(device)  # type: ignore[arg-type]
             return
+        sharding = self._trainer is not None and is_sharding(self._trainer.strategy)
+        if sharding:
+            device = torch.device("cpu")  # no device need hold a whole model
         layout = layout_of(self.teacher_config)
         if self.lora is not None:
             self.lora.check(self.teacher_config)
@@ -217,6 +234,8 @@ class DistillationModule(Evaluated):
         if self.student_folder is not None:
             same = beginning.take_over(student, self.student_folder, self.begun, self.weights_dtype)
             self._prefix_is_original &= same
+        if sharding:
+            self._resume_depth(student)
         student.train()
         if self.lora is not None:
             adapters.attach(student, self.lora)
@@ -228,14 +247,52 @@ class DistillationModule(Evaluated):
                 layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
         self.teacher = Teacher(model)
         self.student = student
+        if sharding:
+            assert self.device_mesh is not None
+            for each in (model, student):
+                sharded.shard(each, self.device_mesh["data_parallel"])
+            self._prefix_is_original = False  # the two share no layer
         self.choose_trained()
+
+    def _resume_depth(self, student: PreTrainedModel) -> None:
+        """Gives a student that is about to be sharded the depth of the checkpoint, which is loaded only then."""
+        path = self.resume_from or self.trainer.ckpt_path
+        if path is None:
+            return
+        record = read(Path(path))
+        self._check_resumes(record)
+        rest = record.history.after(self.history)
+        assert rest is not None
+        surgery.replay(student, rest)
+        self.history = record.history
+
+    def _check_resumes(self, record: Record) -> None:
+        record.check_fits(self.teacher_name, self.fingerprint)
+        record.check_adapters(None if self.lora is None else self.lora.record)
+        record.check_begun(self.begun)
+
+    def gather(self, dtype: torch.dtype) -> None:
+        """Puts plain models in the place of sharded ones, on rank 0's CPU, the student in `dtype`; for all ranks."""
+        state = sharded.full_state(self.student)
+        if self.global_rank:
+            return
+        mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
+        model, student = load_pair(self.teacher_name, mine, theirs, torch.device("cpu"))
+        surgery.replay(student, self.history)
+        student.load_state_dict(state, assign=True)
+        student.tie_weights()
+        teacher_room.cast(student, dtype)
+        self.teacher, self.student = Teacher(model), student
 
     def choose_trained(self) -> None:
         """Makes trainable what the phase that is on, and the merges so far, say; after a merge it has to be asked."""
         assert self.teacher is not None
         what = self.now.phase.trained(self.train_usually)
         chosen = trained_room.trained_parameters(self.student, what, self.history.lineage)
-        trained_room.train(self.student, self.teacher.model, chosen, self._trained_dtype(what))
+        if sharded.is_sharded(self.student):
+            trained_room.mark(self.student, chosen)
+        else:
+            trained_room.train(self.student, self.teacher.model, chosen, self._trained_dtype(what))
         self._training = what
         self._prefix_is_original &= what in trained_room.BESIDE_PREFIX
 
@@ -351,9 +408,7 @@ class DistillationModule(Evaluated):
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Replays the history on the freshly loaded student, so that the checkpoint's weights fit it."""
         record = Record.of(checkpoint)
-        record.check_fits(self.teacher_name, self.fingerprint)
-        record.check_adapters(None if self.lora is None else self.lora.record)
-        record.check_begun(self.begun)
+        self._check_resumes(record)
         if record.history.teacher != self.teacher_name:
             rank_zero_warn(
                 f"the checkpoint's teacher is {record.history.teacher!r}, model.teacher is {self.teacher_name!r}: "
@@ -367,6 +422,9 @@ class DistillationModule(Evaluated):
             )
         surgery.replay(self.student, rest)
         self.history = record.history
+        self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
+        if sharded.is_sharded(self.student):
+            return  # weights and optimizer have been loaded by the strategy
         quantized.restore(self.student, record.packed)
         weights = checkpoint["state_dict"]
         assert isinstance(weights, dict)
@@ -374,7 +432,6 @@ class DistillationModule(Evaluated):
         self.choose_trained()
         stored = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
         self._prefix_is_original &= trained_room.make_room(self.student, stored, record.history.lineage)
-        self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
 
     def on_train_start(self) -> None:
         """Continues the random numbers of an interrupted run, and a cosine whose length the run decides."""
@@ -400,5 +457,5 @@ class DistillationModule(Evaluated):
 
     def teardown(self, stage: str) -> None:
         """Lets the trainer's device memory go: the teacher moves to the CPU with the student."""
-        if self.teacher is not None:
+        if self.teacher is not None and not sharded.is_sharded(self.teacher.model):
             self.teacher.model.to("cpu")

@@ -5,14 +5,60 @@ from math import ceil
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
+
+from lcprune.errors import InputError
+
+OTHERS = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}
+"""Descendants of the strategies that layers can be merged under, which they cannot; by name: some are not installed."""
+
+
+def is_ddp(strategy: Strategy) -> bool:
+    """Whether it is plain DDP, a wrapper whose reducer waits for the gradients of the module's own Parameters."""
+    return isinstance(strategy, DDPStrategy) and not _is_other(strategy)
+
+
+def is_sharding(strategy: Strategy) -> bool:
+    """Whether it is Lightning's for FSDP2, under which the module shards its models itself."""
+    return isinstance(strategy, ModelParallelStrategy)
+
+
+def is_tensor_parallel(strategy: Strategy) -> bool:
+    """Whether layers would be cut along their heads too, as `auto` does within a machine."""
+    return isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size != 1
+
+
+def check_merges(strategy: Strategy) -> None:
+    """Raises InputError for a strategy under which layers cannot merge while they are trained.
+
+    What FSDP1 and DeepSpeed train are slices of one long vector per wrapper, tensor parallel layers are cut along
+    their heads, and XLA has compiled the old depth.
+    """
+    in_shards = is_sharding(strategy) and not is_tensor_parallel(strategy)
+    alone = isinstance(strategy, SingleDeviceStrategy) and not _is_other(strategy)
+    if in_shards or alone or is_ddp(strategy):
+        return
+    raise InputError(
+        f"trainer.strategy={type(strategy).__name__}{_size(strategy)} cannot merge layers during training: use one "
+        "device, ddp or ModelParallelStrategy with tensor_parallel_size: 1 (recipes/fsdp.yaml), or set "
+        "collapse.schedule: null and merge between two runs with `lcprune collapse-checkpoint IN OUT`."
+    )
+
+
+def _size(strategy: Strategy) -> str:
+    return f" with tensor_parallel_size={strategy._tensor_parallel_size}" if is_tensor_parallel(strategy) else ""  # type: ignore[attr-defined]
+
+
+def _is_other(strategy: Strategy) -> bool:
+    return not OTHERS.isdisjoint(base.__name__ for base in type(strategy).__mro__)
 
 
 def parameters_changed(strategy: Strategy) -> None:
     """Other Parameters are trained than before, or there are fewer: DDP's reducer is made anew around the module."""
-    if isinstance(strategy, DDPStrategy):
+    if is_ddp(strategy):
+        assert isinstance(strategy, DDPStrategy)
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
 

@@ -121,10 +121,16 @@ def train(
         dtype: The type in which weights are trained.
     """
     teachers = {parameter.data_ptr() for parameter in teacher.parameters()}
+    mark(student, chosen)
+    for parameter in chosen:
+        if parameter.dtype != dtype or parameter.data_ptr() in teachers:
+            parameter.data = parameter.data.to(dtype, copy=True)
+
+
+def mark(student: nn.Module, chosen: Sequence[nn.Parameter]) -> None:
+    """Makes exactly the chosen Parameters trainable, whose storage is their own already."""
     wanted = {id(parameter) for parameter in chosen}
     for parameter in student.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
         if not parameter.requires_grad:
             parameter.grad = None
-        elif parameter.dtype != dtype or parameter.data_ptr() in teachers:
-            parameter.data = parameter.data.to(dtype, copy=True)

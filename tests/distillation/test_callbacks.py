@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
 from lcprune import (
     AtSteps,
@@ -257,14 +257,25 @@ def test_data_without_calibration_batches_is_refused(tiny_folder: Path, text: Pa
         trainer.fit(runs.student_of(tiny_folder), datamodule=Bare())
 
 
-def test_strategy_without_an_adapter_is_refused(tiny_folder: Path, tmp_path: Path):
-    # FSDP refuses CPUs by itself, so the trainer here is only as much of one as `setup` looks at
-    collapse = runs.two_merges()
-    trainer = SimpleNamespace(
-        strategy=FSDPStrategy(), max_steps=12, callbacks=[collapse], datamodule=None, fast_dev_run=False
-    )
-    with pytest.raises(InputError, match=r"trainer\.strategy=FSDPStrategy.*lcprune collapse"):
-        collapse.setup(trainer, runs.student_of(tiny_folder), "fit")  # type: ignore[arg-type]
+class DeepSpeedStrategy(DDPStrategy):
+    """As Lightning's, which descends from DDP and is told by its name: deepspeed need not be installed."""
+
+
+class XLAStrategy(DDPStrategy):
+    """Likewise."""
+
+
+@pytest.mark.parametrize(
+    "strategy", [FSDPStrategy(), DeepSpeedStrategy(), XLAStrategy()], ids=lambda strategy: type(strategy).__name__
+)
+def test_strategy_without_an_adapter_is_refused_and_may_train_without_merges(strategy: Strategy, tiny_folder: Path):
+    # These refuse CPUs by themselves, so the trainer here is only as much of one as `setup` looks at
+    merging, module = runs.two_merges(), runs.student_of(tiny_folder)
+    trainer = SimpleNamespace(strategy=strategy, max_steps=12, callbacks=[], datamodule=None, fast_dev_run=False)
+    name = type(strategy).__name__
+    with pytest.raises(InputError, match=rf"trainer\.strategy={name} .*`lcprune collapse-checkpoint IN OUT`\.$"):
+        merging.setup(trainer, module, "fit")  # type: ignore[arg-type]
+    ProgressiveCollapse().check(trainer, module)  # type: ignore[arg-type]
 
 
 def test_fixed_plan_in_stages_may_name_the_teachers_last_layers_at_every_stage(fit: Fit):

@@ -1,0 +1,91 @@
+"""Two processes do what one does with the same global batch: curves, refits, phases, adapters, resuming, memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYER = 9280
+"""Parameters of a decoder layer of the tiny Llama."""
+
+Rank = dict[str, dict[str, float]]
+
+
+def ranks(folder: Path, teacher: Path, text: Path, scenario: str, strategy: str) -> list[Rank]:
+    """What every process of a run says."""
+    folder.mkdir()
+    names = map(str, (folder, teacher, text))
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.distillation.ranks_run", *names, scenario, strategy],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    files = sorted(folder.glob("rank*.json"))
+    assert len(files) == (1 if "one" in strategy else 2)
+    return [json.loads(file.read_text()) for file in files]
+
+
+def check_alike(alone: Rank, both: list[Rank]) -> None:
+    """One student on both ranks, and it learns as the one of a single process does."""
+    first, second = both
+    for same in ("exact", "digest", "lineage", "held", "trained"):
+        assert first[same] == second[same], same
+    for same in ("lineage", "held", "states", "trained"):
+        assert first[same] == alone[same], same
+    assert first["losses"].keys() == alone["losses"].keys() == {str(step) for step in range(1, 11)}
+    for step, loss in alone["losses"].items():
+        assert (first["losses"][step] + second["losses"][step]) / 2 == pytest.approx(loss, abs=1e-4), step
+    assert [rank["dead"] for rank in (alone, *both)] == [0, 0, 0]
+    assert [rank["seen_layers"] for rank in (alone, *both)] == [6, 6, 6]
+
+
+DDP = ["curve", "refit", "phases", "local", "adapters"]
+FSDP = ["curve", "refit", "phases", "mixed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scenario", "strategy"), [*((each, "ddp") for each in DDP), *((each, "fsdp") for each in FSDP)]
+)
+def test_two_processes_train_and_merge_like_one_with_the_same_global_batch(
+    tiny_folder: Path, text: Path, tmp_path: Path, scenario: str, strategy: str
+):
+    (alone,) = ranks(tmp_path / "one", tiny_folder, text, scenario, "one")
+    both = ranks(tmp_path / strategy, tiny_folder, text, scenario, strategy)
+    check_alike(alone, both)
+    if (scenario, strategy) == ("curve", "ddp"):
+        for rank in both:
+            # Before steps 1, 4 and 7 there are gradients; four float32 numbers per parameter of one layer have gone.
+            before, then, now = (rank["bytes"][step] for step in ("1", "4", "7"))
+            assert before - then == then - now == 4 * 4 * LAYER
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp-distributed"])
+def test_two_processes_that_were_interrupted_end_like_those_that_were_not(
+    tiny_folder: Path, text: Path, tmp_path: Path, strategy: str
+):
+    whole = ranks(tmp_path / "whole", tiny_folder, text, "whole", strategy)
+    for scenario in ("resume", "resume at"):
+        resumed = ranks(tmp_path / scenario, tiny_folder, text, scenario, strategy)
+        for before, after in zip(whole, resumed, strict=True):
+            assert (before["exact"], before["losses"]) == (after["exact"], after["losses"])
+            assert before["digest"] == after["digest"]
+
+
+def test_shards_of_one_process_merge_and_resume_and_let_go_of_layers(tiny_folder: Path, text: Path, tmp_path: Path):
+    (rank,) = ranks(tmp_path / "fsdp", tiny_folder, text, "resume", "fsdp-one")
+    assert rank["lineage"] == [[0], [1, 2], [3, 4], [5]]
+    assert sorted(map(int, rank["losses"])) == list(range(1, 11))
+    assert len(rank["held"]) == rank["states"] == 4 * 9 + 2
+    assert None not in rank["held"]
+    assert rank["dead"] == 0
