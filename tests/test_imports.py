@@ -19,9 +19,10 @@ ROOMS = {
     "merging": "progress lineage families architectures activity calibration streams remeasure regression "
     "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
     "search budget within collapse shards streaming heatmaps",
-    "distillation": "schedules accumulation strategies randomness divergences buckets head fused losses metrics levels "
-    "trained passes quantized teacher beginning adapters pair phases beforehand objectives evaluated cache fill "
-    "recall optim checkpoint module throughput callbacks",
+    "distillation": "schedules triggers standing stages accumulation strategies randomness divergences buckets head "
+    "fused losses metrics levels "
+    "trained passes quantized teacher beginning adapters pair phases beforehand objectives evaluated averaging "
+    "cache fill recall optim checkpoint module throughput companions undo merges callbacks",
     "data": "preprocess sources author generate module",
     "delivery": "pictures card export figures evaluate report",
 }
@@ -36,6 +37,7 @@ LIBRARIES = {
     "merging.lineage": (),
     "merging.progress": (),
     "distillation.schedules": (),
+    "distillation.triggers": (),
     "distillation.divergences": ("torch",),
     "distillation.buckets": ("torch",),
     "distillation.head": ("torch",),
@@ -44,7 +46,7 @@ LIBRARIES = {
 }
 IN_ONE_MODULE = ("datasets", "lm_eval", "matplotlib", "peft", "bitsandbytes")
 HEAVY = {"torch", "transformers", "lightning", "datasets", "numpy"}
-LIGHT = ("", "cli", "errors", "merging.lineage", "distillation.schedules")
+LIGHT = ("", "cli", "errors", "merging.lineage", "distillation.schedules", "distillation.triggers")
 
 
 def _place(path: Path) -> str:

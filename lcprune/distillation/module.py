@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from typing_extensions import Self
 
 from lcprune import demo
-from lcprune.distillation import adapters, beforehand, beginning, objectives, quantized, recall
+from lcprune.distillation import adapters, averaging, beforehand, beginning, objectives, quantized, recall
 from lcprune.distillation import phases as phases_room
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
@@ -35,6 +35,7 @@ from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import RngState, restore_rng_state, rng_state
+from lcprune.distillation.standing import Standing
 from lcprune.distillation.strategies import clip_gradients, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
 from lcprune.distillation.trained import Trained
@@ -137,6 +138,8 @@ class DistillationModule(Evaluated):
         self._end: int | None = None  # optimizer steps of the whole run, once it has begun
         self.next_merge: int | None = None
         """Optimizer step of the next merge, where one is to come; `ProgressiveCollapse` keeps it."""
+        self.standing = Standing()
+        """Tokens read, validations since the last merge, merges undone; `ProgressiveCollapse` keeps it."""
         self._window = TokenWindow()
 
     @property
@@ -315,7 +318,8 @@ class DistillationModule(Evaluated):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = states * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, rng_state())
-        record = Record(self.history, self.fingerprint, self.weights_dtype, tuple(states))
+        standing = self.standing.to_dict()
+        record = Record(self.history, self.fingerprint, self.weights_dtype, tuple(states), standing=standing)
         if self.lora is not None:
             # What is still packed as it was loaded is loaded again.
             weights = checkpoint["state_dict"]
@@ -344,6 +348,8 @@ class DistillationModule(Evaluated):
             )
         surgery.replay(self.student, rest)
         self.history = record.history
+        self.standing = Standing.of(record.standing)
+        averaging.replay(self, rest)
         quantized.restore(self.student, record.packed)
         weights = checkpoint["state_dict"]
         assert isinstance(weights, dict)
