@@ -1,14 +1,15 @@
 """Lightning's running averages of the weights (`WeightAveraging`, EMA among them) across a merge.
 
-    average' = student' + operator(average - student)
+    average' = operator(average) = student' + operator(average - student)          operators are linear in the weights
 
-The averaged student gets the same steps, of layers whose activity was the student's; operators are linear in the
-weights. What a refit then adds to a weight is added to its average too. Averages that follow are as good a start as
-the merged weights themselves, and forget how far they were apart at the pace of the user's decay.
+The averaged student gets the same steps, and what a refit then adds to a weight is added to its average too. An
+operator that chooses by activity (`Concat`) would choose otherwise among other weights: what it merges starts its
+average afresh at the student's weights. How far averages and student are apart, they forget at the user's decay.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +21,8 @@ from lcprune.distillation.evaluated import Evaluated
 from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
 from lcprune.merging import surgery
-from lcprune.merging.activity import Activity
 from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.operators import Drop, spec_of
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import WeightAveraging
@@ -76,7 +77,7 @@ def replay(module: LightningModule, history: MergeHistory) -> None:
 def follow(
     average: PreTrainedModel,
     steps: Sequence[MergeStep],
-    activities: Sequence[Sequence[Activity]],
+    afresh: Sequence[Sequence[Tensor]],
     added: Mapping[str, Tensor],
 ) -> None:
     """Merges an averaged student as the student was, in place.
@@ -84,15 +85,18 @@ def follow(
     Args:
         average: The averaged student.
         steps: What merged.
-        activities: Of every step's members, as far as its operator asked.
+        afresh: For every step the weights of the student's merged layer, where its operator chose; else nothing.
         added: What a refit added to weights after the merge, by name.
     """
-    for step, activity in zip(steps, activities, strict=True):
-        here = [_on(average.device, layer) for layer in activity]
-        surgery.apply(average, step, lambda wanted, here=here: here)  # type: ignore[misc]
+    for step, weights in zip(steps, afresh, strict=True):
+        linear = replace(step, operator=spec_of(Drop())) if weights else step
+        outcome = surgery.apply(average, linear)
+        if weights:
+            for parameter, weight in zip(outcome.merged, weights, strict=True):
+                parameter.data = weight.to(parameter, copy=True)
     for name, change in added.items():
-        weight = average.get_parameter(name)
-        weight.data = weight.data + change.to(weight)
+        parameter = average.get_parameter(name)
+        parameter.data = parameter.data + change.to(parameter)
 
 
 def added(before: Mapping[str, Tensor], student: PreTrainedModel) -> dict[str, Tensor]:
@@ -113,10 +117,6 @@ def shown(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     finally:
         for callback in reversed(callbacks):
             callback._swap_models(module)
-
-
-def _on(device: torch.device, activity: Activity) -> Activity:
-    return Activity(*(tensor.to(device) for tensor in vars(activity).values()))
 
 
 def _callbacks(trainer: Trainer) -> list["WeightAveraging"]:

@@ -132,16 +132,19 @@ class ProgressiveCollapse(Callback):
         depth, layout = module.begun.depth, layout_of(module.teacher_config)
         depths = [target for _, target in self.schedule.milestones(depth)]
         stages.check(self.stages, depths)
+        lineage, sure = module.begun.lineage, True
         for target in depths:
             method = self.method(target)
-            after = method.planner.foresee(module.begun.lineage, target) if module.begun.steps else None
+            after = method.planner.foresee(lineage, target) if self.stages or module.begun.steps else None
             if after is None:
                 method.planner.check(depth, target)
-            elif len(after) > target:
+                sure = False  # of what later stages begin with
+            elif sure and len(after) > target:
                 raise InputError(
-                    f"{method.planner} leaves {len(after)} of the {depth} layers of model.student, the schedule asks "
-                    f"for {target}: name more groups or raise the target depth."
+                    f"{method.planner} leaves {len(after)} of the {depth} layers that the run begins with, the "
+                    f"schedule asks for {target}: name more groups or raise the target depth."
                 )
+            lineage = after or lineage
             method.operator.check(layout)
             if method.refit is not None:
                 method.refit.check(layout)

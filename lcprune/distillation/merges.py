@@ -73,7 +73,7 @@ class _Executed:
 
     depth: int
     outcomes: list[Outcome]
-    activities: list[Sequence[Activity]]
+    chosen: list[Sequence[torch.Tensor]]
     added: dict[str, torch.Tensor]
 
 
@@ -81,18 +81,18 @@ def _execute(
     trainer: Trainer, module: DistillationModule, steps: Sequence[MergeStep], batches: Sequence[Batch]
 ) -> _Executed:
     """Merges and refits the student; the history says so, nobody else knows yet."""
-    before, outcomes, activities = module.history, list[Outcome](), list[Sequence[Activity]]()
+    before, outcomes, chosen = module.history, list[Outcome](), list[Sequence[torch.Tensor]]()
 
-    def measure(wanted: Sequence[int]) -> Sequence[Activity]:
+    def activity(wanted: Sequence[int]) -> Sequence[Activity]:
         with planning(trainer):
-            activities[-1] = measure_activity(module.student, batches, wanted)
-        return activities[-1]
+            return measure_activity(module.student, batches, wanted)
 
     for step in steps:
-        activities.append(())
-        outcomes.append(surgery.apply(module.student, step, measure))
+        outcomes.append(surgery.apply(module.student, step, activity))
         if batches:
             _share(outcomes[-1].merged)
+        chooses = from_spec(step.operator).needs_activity
+        chosen.append([parameter.data for parameter in outcomes[-1].merged] if chooses else ())
         module.history = module.history.append(step)
     added = {}
     if batches and steps[-1].refit is not None:
@@ -100,16 +100,14 @@ def _execute(
         _repair(trainer, module, batches, before)
         if averaging.copies(trainer):
             added = averaging.added(merged, module.student)
-    return _Executed(module.history.depth, outcomes, activities, added)
+    return _Executed(module.history.depth, outcomes, chosen, added)
 
 
 def _bring_along(trainer: Trainer, module: DistillationModule, executed: _Executed, adapted: Outcome) -> None:
     """Optimizers, averages, learning rates, callbacks and strategy follow a merge that is kept."""
     steps = module.history.steps[-len(executed.outcomes) :]
     for copy in averaging.copies(trainer):
-        averaging.follow(copy.student, steps, executed.activities, executed.added)
-        if any(executed.activities):
-            _share(copy.student.parameters())
+        averaging.follow(copy.student, steps, executed.chosen, executed.added)
     for optimizer in trainer.optimizers:
         for outcome in (*executed.outcomes, adapted):
             optim.carry_over(optimizer, outcome)
