@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,7 +34,7 @@ NAME = "WeightAveraging"
 
 
 def check(trainer: Trainer, trained: Sequence[Trained]) -> None:
-    """Raises InputError where averages would be written into weights that are the teacher's.
+    """Raises InputError where averages would be of pieces, or be written into weights that are the teacher's.
 
     Args:
         trainer: With its callbacks.
@@ -41,6 +42,11 @@ def check(trainer: Trainer, trained: Sequence[Trained]) -> None:
     """
     others = sorted(set(trained) - {"all"})
     for callback in _callbacks(trainer):
+        if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
+            raise InputError(
+                f"trainer.callbacks: {type(callback).__name__} averages whole weights, and trainer.strategy="
+                f"{type(trainer.strategy).__name__} has them in pieces: use a single device or ddp, or remove it."
+            )
         if others:
             raise InputError(
                 f"trainer.callbacks: {type(callback).__name__} writes into every weight of the student, and where "

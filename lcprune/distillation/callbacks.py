@@ -59,7 +59,7 @@ class ProgressiveCollapse(Callback):
         refit: How the merged student is repaired before training goes on; null = not at all.
         stages: Other planners, operators and refits down to certain depths; default: the same all the way.
         max_perplexity_jump: A merge that, refit included, multiplies the student's perplexity on the calibration text
-            by more than this is undone; null = none is.
+            by more than this is undone, and tried again when the schedule next has one; null = none is.
     """
 
     def __init__(

@@ -33,17 +33,20 @@ class Undo:
         self._history = module.history
         self.before = self.after = perplexity()
         """The calibration perplexities."""
-        self._memory = surgery.Memory(module.student)
-        self._memory.note(*layout_of(module.student.config).layers_of(module.student))
+        memory = surgery.Memory(module.student)
+        memory.note(*layout_of(module.student.config).layers_of(module.student))
+        self._memory: surgery.Memory | None = memory
 
     def if_too_much(self) -> bool:
-        """Measures the merged student, and takes the merge back if it cost too much; whether it did."""
+        """Measures the merged student once, and takes the merge back if it cost too much; whether it did."""
+        assert self._memory is not None, "asked twice"
         self.after = self._perplexity()
-        if self.after <= self._max_jump * self.before:
-            return False
-        self._memory.restore()
-        self._module.history = self._history
-        return True
+        too_much = not self.after <= self._max_jump * self.before  # nor is what is no number
+        if too_much:
+            self._memory.restore()
+            self._module.history = self._history
+        self._memory = None  # what was replaced need not stay alive
+        return too_much
 
     @property
     def figures(self) -> dict[str, float]:

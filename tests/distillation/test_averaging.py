@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
 
 from lcprune import (
     AtSteps,
@@ -197,6 +199,12 @@ def test_measured_at_a_merge_is_the_averaged_student_that_the_checkpoint_holds(f
 def test_averages_beside_weights_of_the_teacher_are_refused(fit: Fit, train: str):
     with pytest.raises(InputError, match=f"where {train} is trained some are the teacher's own"):
         fit(ema(), collapse({0: 5}), model={"train": train})
+
+
+def test_averages_of_pieces_are_refused():
+    trainer = SimpleNamespace(strategy=FSDPStrategy(), callbacks=[ema()])
+    with pytest.raises(InputError, match="strategy=FSDPStrategy has them in pieces"):
+        averaging.check(trainer, ["all"])  # type: ignore[arg-type]
 
 
 def _agreement(**settings: object) -> dict[str, object]:
