@@ -159,7 +159,6 @@ class ProgressiveCollapse(Callback):
         A checkpoint may stem from between an optimizer step and its merge (an exception, a signal of the cluster).
         """
         module, steps = _ours(pl_module), optimizer_steps(trainer)
-        averaging.begin(trainer)
         last = 0 if self.schedule is None else last_known(self.schedule.deadlines(module.begun.depth))
         if self.schedule is not None and steps <= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
@@ -235,9 +234,11 @@ class ProgressiveCollapse(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes down what a schedule looks at."""
-        module, value = _ours(pl_module), trainer.callback_metrics.get(JUDGE)
-        training = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if training and value is not None and self._counts_validations(module):
+        value = trainer.callback_metrics.get(JUDGE)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or value is None:
+            return
+        module = _ours(pl_module)
+        if self._counts_validations(module):
             module.standing.validated(trainer.strategy.broadcast(value.item(), 0))
 
     def _counts_validations(self, module: DistillationModule) -> bool:

@@ -183,6 +183,7 @@ class DistillationModule(Evaluated):
         if stage == "fit":
             beforehand.try_out(self.make_optimizer, self.make_scheduler)
             beforehand.check_strategy(self.trainer.strategy, self.phases, self.train_usually)
+            averaging.check(self.trainer, [phase.trained(self.train_usually) for phase in self.phases])
             self.open_cache()
             source = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.cache is not None and isinstance(source, TrainingBlocks):
@@ -367,6 +368,7 @@ class DistillationModule(Evaluated):
                 "(collapse.schedule.first: 0), or train all or layers until then."
             )
         self.check_cache([self.history.lineage])
+        averaging.begin(self.trainer)
         self._window = TokenWindow()  # a run that was interrupted may have left tokens in it
         steps = optimizer_steps(self.trainer)
         if steps < float("inf"):

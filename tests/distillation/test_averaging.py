@@ -197,8 +197,11 @@ def test_measured_at_a_merge_is_the_averaged_student_that_the_checkpoint_holds(f
 
 @pytest.mark.parametrize("train", ["merged", "layers"])
 def test_averages_beside_weights_of_the_teacher_are_refused(fit: Fit, train: str):
-    with pytest.raises(InputError, match=f"where {train} is trained some are the teacher's own"):
+    said = f"where {train} is trained some are the teacher's own"
+    with pytest.raises(InputError, match=said):
         fit(ema(), collapse({0: 5}), model={"train": train})
+    with pytest.raises(InputError, match=said):
+        fit(ema(), model={"train": train})  # without merges too
 
 
 def test_averages_of_pieces_are_refused():
