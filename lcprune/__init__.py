@@ -30,6 +30,8 @@ _HOMES = {
     "lcprune.merging.search": ("RefitSearch",),
     "lcprune.merging.collapse": ("collapse", "execute", "plan"),
     "lcprune.distillation.schedules": ("AtSteps", "Evenly", "EveryNSteps", "Schedule"),
+    "lcprune.distillation.triggers": ("ByTokens", "WhenRecovered"),
+    "lcprune.distillation.stages": ("Stage",),
     "lcprune.distillation.levels": ("Boundary", "Labels", "Level", "Local", "Logits"),
     "lcprune.distillation.adapters": ("Lora",),
     "lcprune.distillation.phases": ("Phase",),

@@ -19,10 +19,10 @@ ROOMS = {
     "merging": "progress lineage families architectures activity calibration streams remeasure regression "
     "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
     "search budget within collapse shards streaming heatmaps",
-    "distillation": "schedules accumulation strategies randomness storing boundary faults signals divergences buckets "
-    "head fused losses metrics levels trained passes quantized adapters teacher beginning pair phases "
-    "beforehand objectives evaluated cache fill recall sharded optim checkpoint module throughput callbacks offline "
-    "comparison",
+    "distillation": "schedules triggers standing stages accumulation strategies randomness storing boundary faults "
+    "signals divergences buckets head fused losses metrics levels trained passes quantized adapters "
+    "teacher beginning pair phases beforehand objectives evaluated averaging cache fill recall sharded "
+    "optim checkpoint module throughput companions undo merges callbacks offline comparison",
     "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate "
     "origin module",
     "delivery": "pictures card export decoding choices speed figures evaluate harness hub gguf training_log tree plots "
@@ -39,6 +39,7 @@ LIBRARIES = {
     "merging.lineage": (),
     "merging.progress": (),
     "distillation.schedules": (),
+    "distillation.triggers": (),
     "distillation.divergences": ("torch",),
     "distillation.buckets": ("torch",),
     "distillation.head": ("torch",),
@@ -47,7 +48,7 @@ LIBRARIES = {
 }
 IN_ONE_MODULE = ("datasets", "lm_eval", "matplotlib", "peft", "bitsandbytes")
 HEAVY = {"torch", "transformers", "lightning", "datasets", "numpy"}
-LIGHT = ("", "cli", "errors", "merging.lineage", "distillation.schedules")
+LIGHT = ("", "cli", "errors", "merging.lineage", "distillation.schedules", "distillation.triggers")
 
 
 def _place(path: Path) -> str:

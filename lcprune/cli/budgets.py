@@ -113,6 +113,11 @@ def goal(budget: Budget | None, cli: RecipeCLI) -> Goal:
     callback, depth = collapse_of(cli), options.depth_of_teacher(cli)
     if budget is None:
         budget = Depth(_end_of_schedule(callback, depth))
+    if callback.stages:
+        raise InputError(
+            "collapse.stages are for fit, which merges several times; without training one planner, operator and refit "
+            "do it all: leave them out (--collapse.stages null)."
+        )
     model = as_stored(cli.model.teacher_config)
     collapse.check(model, budget, callback.planner, callback.operator, callback.refit)
     return Goal(budget, budget.depth(model))

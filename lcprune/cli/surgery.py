@@ -123,10 +123,11 @@ def _plan(cli: RecipeCLI, record: Record, given: MergeHistory | None, budget: Bu
             if step.refit is not None:
                 refits.from_spec(step.refit).check(layout)
         return offline.given(steps)
-    collapse.operator.check(layout)
-    if collapse.refit is not None:
-        collapse.refit.check(layout)
     target = _target(cli, collapse, record.history, budget)
+    method = collapse.method(target)
+    method.operator.check(layout)
+    if method.refit is not None:
+        method.refit.check(layout)
     collapse.check_target(record.history, target)
     return offline.planned(collapse, target)
 

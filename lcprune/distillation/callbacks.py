@@ -1,64 +1,55 @@
 """ProgressiveCollapse: the student becomes shorter while Lightning trains it.
 
-    schedule   at which optimizer step, down to which depth          (a pure function: nothing to remember)
+    schedule   when, down to which depth                             (a pure function: nothing to remember)
     planner    which layers                                          (on rank 0, broadcast, compared by hash)
     operator   how their weights become one layer's
+    limit      how much one merge may cost, or it is undone
 
 A merge happens right after an optimizer step, in `on_train_batch_end`: checkpoints are written after every other
 callback, so the checkpoint of that step contains it, and a run that resumes does not repeat it. The callback keeps
-no state; the history is the module's.
+no state; history and standing are the module's.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from math import inf
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lcprune.distillation import adapters, beforehand, optim, sharded
+from lcprune.distillation import adapters, averaging, beforehand, companions, optim, sharded, stages
 from lcprune.distillation.beforehand import CalibrationSource
-from lcprune.distillation.metrics import HeldOut
+from lcprune.distillation.merges import measure as measure
+from lcprune.distillation.merges import merge, planning, shown
 from lcprune.distillation.module import DistillationModule
-from lcprune.distillation.schedules import Milestone, Schedule
-from lcprune.distillation.strategies import check_merges, is_sharding, optimizer_steps, parameters_changed
+from lcprune.distillation.schedules import Deadline, Schedule, last_known
+from lcprune.distillation.stages import Method, Stage
+from lcprune.distillation.standing import JUDGE, Standing
+from lcprune.distillation.strategies import check_merges, is_sharding, optimizer_steps, validation_follows
+from lcprune.distillation.triggers import ByTokens, WhenRecovered  # noqa: F401 - short names in recipes
 from lcprune.errors import InputError, RunError
-from lcprune.merging import surgery
-from lcprune.merging.activity import Activity
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.collapse import with_refit
 from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
-from lcprune.merging.operators import Drop, Operator, from_spec
+from lcprune.merging.operators import Drop, Operator
 from lcprune.merging.planners import OneShotRanking, Planner
-from lcprune.merging.refit import Refit, repair
-from lcprune.merging.remeasure import measure_activity
-from lcprune.merging.streams import Stream, regrouped
-
-REFUSED = {
-    "BatchSizeFinder",
-    "LearningRateFinder",
-    "ModelPruning",
-    "StochasticWeightAveraging",
-    "WeightAveraging",
-}
-"""Lightning's callbacks that keep or restore weights of the old depth; by name, some came after lightning 2.5."""
+from lcprune.merging.refit import Refit
 
 
 class ProgressiveCollapse(Callback):
     """Merges layers of the student during training.
 
     Args:
-        schedule: At which optimizer steps the student gets down to which depth; null = no merges.
+        schedule: When the student gets down to which depth; null = no merges.
         planner: Which layers merge; default: OneShotRanking by BlockInfluence.
         operator: What becomes of their weights; default: Drop.
         refit: How the merged student is repaired before training goes on; null = not at all.
+        stages: Other planners, operators and refits down to certain depths; default: the same all the way.
+        max_perplexity_jump: A merge that, refit included, multiplies the student's perplexity on the calibration text
+            by more than this is undone, and tried again when the schedule next has one; null = none is.
     """
 
     def __init__(
@@ -68,12 +59,21 @@ class ProgressiveCollapse(Callback):
         planner: Planner | None = None,
         operator: Operator | None = None,
         refit: Refit | None = None,
+        stages: list[Stage] | None = None,
+        max_perplexity_jump: float | None = None,
     ) -> None:
         self.schedule = schedule
         self.planner = planner if planner is not None else OneShotRanking()
         self.operator = operator if operator is not None else Drop()
         self.refit = refit
+        self.stages = tuple(stages or ())
+        self.max_perplexity_jump = max_perplexity_jump
         self._step_before = -1
+        if max_perplexity_jump is not None and not 1 <= max_perplexity_jump < inf:
+            raise InputError(
+                f"collapse.max_perplexity_jump={max_perplexity_jump} must be a number of 1 or more, what one merge may "
+                "multiply the perplexity by, such as 1.5."
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses, before any weight is loaded, what could not end well."""
@@ -88,39 +88,66 @@ class ProgressiveCollapse(Callback):
                 "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
                 "calibration_batches(), like lcprune.TextDataModule."
             )
+        if self.schedule.by_validation and not is_overridden("val_dataloader", trainer.datamodule):  # type: ignore[attr-defined]
+            raise InputError(f"{self.schedule} looks at validations, and the data module has no val_dataloader().")
 
     def check(self, trainer: Trainer, module: DistillationModule) -> None:
         """Raises InputError for what can be known before text is read or a folder made."""
         beforehand.check_strategy(trainer.strategy, module.phases, module.train_usually)
+        averaging.check(trainer, [phase.trained(module.train_usually) for phase in module.phases])
         depth = module.begun.depth
-        first_merge = inf if self.schedule is None else self.schedule.milestones(depth)[0][0]
+        first_merge = inf if self.schedule is None else self.schedule.deadlines(depth)[0][0]
         beforehand.check_trains(module.phases, module.train_usually, module.begun.lineage, first_merge)
         if self.schedule is None:
             return
         optim.check(beforehand.try_out(module.make_optimizer, module.make_scheduler))
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.schedule.check(depth, trainer.max_steps)
-        for _, target in self.schedule.milestones(depth):
-            self.check_target(module.begun, target)
-        self.operator.check(layout_of(module.teacher_config))
-        if self.refit is not None:
-            self.refit.check(layout_of(module.teacher_config))
+        if self.schedule.by_validation and trainer.limit_val_batches == 0:
+            raise InputError(
+                f"{self.schedule} looks at validations, and trainer.limit_val_batches=0 allows none: raise it, or "
+                "merge at steps that are known (Evenly)."
+            )
+        self._check_methods(module)
         check_merges(trainer.strategy)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if not REFUSED.isdisjoint(base.__name__ for base in type(callback).__mro__):
+        companions.check(trainer)
+
+    def _check_methods(self, module: DistillationModule) -> None:
+        """Planners, operators and refits against the model and the depths that are asked of them."""
+        assert self.schedule is not None
+        depth, layout = module.begun.depth, layout_of(module.teacher_config)
+        depths = [target for _, target in self.schedule.milestones(depth)]
+        stages.check(self.stages, depths)
+        lineage, sure = module.begun.lineage, True
+        for target in depths:
+            method = self.method(target)
+            after = method.planner.foresee(lineage, target) if self.stages or module.begun.steps else None
+            if after is None:
+                method.planner.check(depth, target)
+                sure = False  # of what later stages begin with
+            elif sure and len(after) > target:
                 raise InputError(
-                    f"trainer.callbacks: {type(callback).__name__} holds on to weights that a merge takes away: "
-                    "remove it, or train it after the last merge in a run of its own."
+                    f"{method.planner} leaves {len(after)} of the {depth} layers that the run begins with, the "
+                    f"schedule asks for {target}: name more groups or raise the target depth."
                 )
+            lineage = after or lineage
+            method.operator.check(layout)
+            if method.refit is not None:
+                method.refit.check(layout)
+
+    def method(self, target: int) -> Method:
+        """Planner, operator and refit of a merge down to a depth."""
+        return stages.method(self.stages, Method(self.planner, self.operator, self.refit), target)
 
     def check_target(self, done: MergeHistory, target: int) -> None:
         """Raises InputError if it is known that the planner does not get a student of this history down to a depth."""
-        after = self.planner.foresee(done.lineage, target) if done.steps else None
+        planner = self.method(target).planner
+        after = planner.foresee(done.lineage, target) if done.steps else None
         if after is None:
-            self.planner.check(done.depth, target)
+            planner.check(done.depth, target)
         elif len(after) > target:
             raise InputError(
-                f"{self.planner} leaves {len(after)} of the student's {done.depth} layers, {target} are asked for: "
+                f"{planner} leaves {len(after)} of the student's {done.depth} layers, {target} are asked for: "
                 "name more groups or raise the target depth."
             )
 
@@ -130,7 +157,7 @@ class ProgressiveCollapse(Callback):
         A checkpoint may stem from between an optimizer step and its merge (an exception, a signal of the cluster).
         """
         module, steps = _ours(pl_module), optimizer_steps(trainer)
-        last = 0 if self.schedule is None else self.schedule.milestones(module.begun.depth)[-1][0]
+        last = 0 if self.schedule is None else last_known(self.schedule.deadlines(module.begun.depth))
         if self.schedule is not None and steps <= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
                 f"{self.schedule}: the merge at step {last} is never reached, the run ends after {steps} optimizer "
@@ -142,18 +169,21 @@ class ProgressiveCollapse(Callback):
             return
         for optimizer in trainer.optimizers:
             optim.check(optimizer)
-        missed = [
-            f"{depth} layers at step {step}"
-            for step, depth in self.schedule.milestones(module.begun.depth)
-            if step < trainer.global_step and depth < module.history.depth
-        ]
-        if missed:
+        if trainer.global_step == 0:
+            module.standing = Standing()
+        facts = module.standing.facts(trainer.global_step, module.history, module.begun.depth)
+        if isinstance(self.schedule, ByTokens):
+            self.schedule.check_counted(facts.step, facts.tokens)
+        missed = self.schedule.missed(facts)
+        if missed and not facts.refused:
             rank_zero_warn(
-                f"collapse.schedule: {', '.join(missed)} lie before step {trainer.global_step}, where this run "
-                "resumes, and are not made up for"
+                f"collapse.schedule: {', '.join(missed)} lie before {self.schedule.unit} "
+                f"{self.schedule.position(facts)}, where this run resumes, and are not made up for"
             )
         self._check_cache(trainer.global_step, module)
         self._merge_if_due(trainer, module)
+        if module.standing.pending:  # the run was stopped between a checkpoint and the validation behind it
+            module.standing.validated(shown(trainer, module)[JUDGE])
         self._look_ahead(trainer, module)
 
     def _check_cache(self, step: int, module: DistillationModule) -> None:
@@ -173,15 +203,15 @@ class ProgressiveCollapse(Callback):
         lineage = module.history.lineage
         lineages = [] if ahead and ahead[0][0] == step else [lineage]
         for _, depth in ahead:
-            after = self.planner.foresee(lineage, depth)
+            after = self.method(depth).planner.foresee(lineage, depth)
             if after is None:
                 return None
             lineages.append(lineage := after)
         return lineages
 
-    def _ahead(self, module: DistillationModule, step: int) -> list[Milestone]:
-        milestones = () if self.schedule is None else self.schedule.milestones(module.begun.depth)
-        return [(at, depth) for at, depth in milestones if at >= step and depth < module.history.depth]
+    def _ahead(self, module: DistillationModule, step: int) -> list[Deadline]:
+        deadlines = () if self.schedule is None else self.schedule.deadlines(module.begun.depth)
+        return [(at, depth) for at, depth in deadlines if at >= step and depth < module.history.depth]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Remembers, for the length of the batch, how many optimizer steps were done before it."""
@@ -191,28 +221,63 @@ class ProgressiveCollapse(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         """Merges when this batch has completed an optimizer step and the schedule says so."""
+        module = _ours(pl_module)
+        module.standing.read(batch)
         if trainer.global_step != self._step_before:
-            self._merge_if_due(trainer, _ours(pl_module))
-            self._look_ahead(trainer, _ours(pl_module))
+            module.standing.stepped()
+            self._merge_if_due(trainer, module)
+            self._look_ahead(trainer, module)
+            # What training_step logged is the depth before the merge; the file name of a checkpoint needs this one.
+            pl_module.log("depth", float(module.history.depth), logger=False)
+        module.standing.pending = self._counts_validations(module) and validation_follows(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes down what a schedule looks at."""
+        value = trainer.callback_metrics.get(JUDGE)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or value is None:
+            return
+        module = _ours(pl_module)
+        if self._counts_validations(module):
+            module.standing.validated(trainer.strategy.broadcast(value.item(), 0))
+
+    def _counts_validations(self, module: DistillationModule) -> bool:
+        """Only in the last phase, which a run is for, is there anything to recover."""
+        return self.schedule is not None and self.schedule.by_validation and module.now.phase is module.phases[-1]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where the student has not become as short as the schedule wanted."""
+        module = _ours(pl_module)
+        if self.schedule is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        depth, target = module.history.depth, self.schedule.target(module.begun.depth)
+        if depth > target:
+            refused = ", ".join(map(str, module.standing.refused))
+            why = f"; the merges tried at step {refused} cost more than collapse.max_perplexity_jump" if refused else ""
+            rank_zero_warn(f"collapse: the run ends with {depth} layers, its schedule with {target}{why}")
 
     def _look_ahead(self, trainer: Trainer, module: DistillationModule) -> None:
-        """Tells the module when the next merge comes, which ends its phases."""
-        ahead = (at for at, _ in self._ahead(module, trainer.global_step + 1))
+        """Tells the module when, at the latest, the next merge comes, which ends its phases."""
+        ahead = (int(at) for at, _ in self._ahead(module, trainer.global_step + 1) if at < inf)
         module.next_merge = next(ahead, None)
 
     def _merge_if_due(self, trainer: Trainer, module: DistillationModule) -> None:
-        if self.schedule is None:
+        step, standing = trainer.global_step, module.standing
+        if self.schedule is None or standing.asked[0] == step:
             return
-        target = self.schedule.due(trainer.global_step, module.begun.depth)
-        done = any(step.global_step == trainer.global_step for step in module.history.steps)
-        if target is None or target >= module.history.depth or done:
-            return
-        steps = self.agreed_plan(trainer, module, target)
-        if not steps:
-            rank_zero_info(f"step {trainer.global_step}: {self.planner} found nothing to merge")
-            return
-        with module.boundary.changing("A merge"):
-            merge(trainer, module, steps)
+        facts = standing.facts(step, module.history, module.begun.depth)
+        target = self.schedule.due(facts)
+        if target is not None and not any(done.global_step == step for done in module.history.steps):
+            steps = self.agreed_plan(trainer, module, target)
+            if steps:
+                with module.boundary.changing("A merge"):
+                    merge(trainer, module, steps, self.max_perplexity_jump, self.schedule.by_validation)
+            else:
+                rank_zero_info(f"step {step}: {self.method(target).planner} found nothing to merge")
+            standing.since = ()
+        standing.asked = (step, facts.tokens)
+        if step == 1 and isinstance(self.schedule, ByTokens):
+            last, _ = self.schedule.milestones(module.begun.depth)[-1]
+            beforehand.warn_of_tokens(last, facts.tokens, optimizer_steps(trainer))
 
     def agreed_plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
         """Rank 0's plan, on every rank; a mistake that it finds is raised on every rank too."""
@@ -236,96 +301,10 @@ class ProgressiveCollapse(Callback):
         calibration = Calibration(
             module.student, source.calibration_batches(), original=module.teacher.model, history=module.history
         )
-        with _planning(trainer), sharded.whole(module.student), adapters.plain(module.student):
-            steps = with_refit(self.planner.plan(calibration, self.operator, target), self.refit)
+        method = self.method(target)
+        with planning(trainer), sharded.whole(module.student), adapters.plain(module.student):
+            steps = with_refit(method.planner.plan(calibration, method.operator, target), method.refit)
         return tuple(replace(step, global_step=trainer.global_step) for step in steps)
-
-
-def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeStep]) -> None:
-    """Executes steps on a student in training and brings everything along that knew the layers."""
-    batches = trainer.datamodule.calibration_batches() if _needs_text(steps) else ()  # type: ignore[attr-defined]
-
-    def activity(wanted: Sequence[int]) -> Sequence[Activity]:
-        with _planning(trainer):
-            return measure_activity(module.student, batches, wanted)
-
-    before = module.history
-    with sharded.whole(module.student) as shards, adapters.plain(module.student) as adapted:
-        for step in steps:
-            outcome = surgery.apply(module.student, step, activity)
-            if batches:
-                _share(outcome.merged)
-            for optimizer in trainer.optimizers:
-                optim.carry_over(optimizer, shards.of(outcome))
-            module.history = module.history.append(step)
-        if batches and steps[-1].refit is not None:
-            _repair(trainer, module, batches, before)
-    for optimizer in trainer.optimizers:
-        optim.carry_over(optimizer, adapted.outcome)
-    optim.forget_gradients(list(module.student.parameters()))
-    for config in trainer.lr_scheduler_configs:
-        if isinstance(config.scheduler, optim.Rewarming):
-            config.scheduler.rewarm()
-    _forget_best(trainer)
-    module.choose_trained()
-    parameters_changed(trainer.strategy)
-    _note_measurement(trainer, module)
-
-
-def _needs_text(steps: Sequence[MergeStep]) -> bool:
-    return any(step.refit is not None or from_spec(step.operator).needs_activity for step in steps)
-
-
-def _repair(trainer: Trainer, module: DistillationModule, batches: Sequence[Batch], before: MergeHistory) -> None:
-    """Refits the merged student to the teacher; the optimizer's state of layers that did not merge stays."""
-    assert module.teacher is not None
-    text = regrouped(batches)
-    with _planning(trainer):
-        repair(Stream(module.student, text), Stream(module.teacher.model, text), module.history, before)
-    _share(module.student.parameters())
-
-
-def _share(merged: Iterable[torch.nn.Parameter]) -> None:
-    """Every rank measures for itself, and may choose otherwise between near equals: rank 0's weights count."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for parameter in merged:
-            torch.distributed.broadcast(parameter.data, 0)
-
-
-def measure(trainer: Trainer, module: DistillationModule) -> dict[str, float]:
-    """Validation perplexity and agreement as they are now, over the batches the validation loop would take."""
-    source, limit = trainer.datamodule, trainer.limit_val_batches  # type: ignore[attr-defined]
-    if limit == 0 or not is_overridden("val_dataloader", source):
-        return {}
-    loader = source.val_dataloader()
-    count = int(len(loader) * limit) if isinstance(limit, float) else limit
-    if count == 0:
-        return {}
-    metric = HeldOut().to(module.device)
-    training = module.student.training
-    module.student.eval()
-    with torch.no_grad(), trainer.precision_plugin.forward_context():
-        for batch in islice(loader, count):
-            module.observe({name: tensor.to(module.device) for name, tensor in batch.items()}, metric)
-    module.student.train(training)
-    return {f"val/{name}": value.item() for name, value in metric.compute().items()}
-
-
-def _note_measurement(trainer: Trainer, module: DistillationModule) -> None:
-    """Writes what the merge did to the student into the last step of the history, and into the log."""
-    figures = measure(trainer, module)
-    last = module.history.steps[-1]
-    steps = (*module.history.steps[:-1], replace(last, measured=figures))
-    module.history = replace(module.history, steps=steps)
-    # ModelCheckpoint runs next and judges by the last figures known: let them be this student's.
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
-    after = {f"{name}_after_merge": value for name, value in figures.items()}
-    for logger in trainer.loggers:
-        logger.log_metrics({**after, "depth": float(module.history.depth)}, step=trainer.global_step)
-    rank_zero_info(
-        f"step {trainer.global_step}: merged to {module.history.depth} layers"
-        + (f", validation perplexity {figures['val/perplexity']:.2f}" if figures else "")
-    )
 
 
 def _ours(module: LightningModule) -> DistillationModule:
@@ -334,34 +313,9 @@ def _ours(module: LightningModule) -> DistillationModule:
     return module
 
 
-@contextmanager
-def _planning(trainer: Trainer) -> Iterator[None]:
-    """The run's precision, without autocast's cache of cast weights: trials change weights under the same Parameter."""
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with trainer.precision_plugin.forward_context():
-            torch.set_autocast_cache_enabled(False)
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-
-
 def _compare(trainer: Trainer, digest: str) -> None:
     """Every rank must be about to execute the same plan, or their weights would part without a word."""
     mine = torch.tensor(int(digest[:15], 16), dtype=torch.int64, device=trainer.strategy.root_device)
     everyone = trainer.strategy.all_gather(mine).flatten()  # type: ignore[union-attr]
     if not bool((everyone == mine).all()):
         raise RunError("The ranks received different plans for a merge.")
-
-
-def _forget_best(trainer: Trainer) -> None:
-    """The best score and the patience so far belong to a deeper student."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint):
-            callback.best_model_score, callback.best_model_path = None, ""
-            callback.kth_best_model_path = ""
-            callback.best_k_models = {}
-        elif isinstance(callback, EarlyStopping):
-            callback.wait_count = 0
-            callback.best_score = torch.tensor(torch.inf if callback.monitor_op == torch.lt else -torch.inf)

@@ -1,6 +1,7 @@
 """What lcprune adds to a Lightning checkpoint, and how a student comes out of one without a trainer.
 
-    checkpoint["lcprune"] = {history, fingerprint of the teacher, dtype of the weights, random state of every rank}
+    checkpoint["lcprune"] = {history, fingerprint of the teacher, dtype of the weights, random state of every rank,
+                             where the run stands}
 
 Plain data only, because checkpoints are read with `weights_only=True`. The teacher's weights are never in there.
 """
@@ -63,6 +64,8 @@ class Record:
     """The adapters that are in it, as `Lora.record`; None = there are none."""
     packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Packed weights that the teacher's folder does not have, by module."""
+    standing: Mapping[str, object] = field(default_factory=dict)
+    """Where the run stood, as `Standing.to_dict`; empty = in a checkpoint from before it was kept."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for a checkpoint."""
@@ -73,6 +76,7 @@ class Record:
             "rng": list(self.rng),
             "lora": self.lora,
             "packed": self.packed,
+            "standing": dict(self.standing),
         }
 
     @classmethod
@@ -83,7 +87,9 @@ class Record:
             raise InputError("ckpt_path names a checkpoint that lcprune did not write: name one from a run's folder.")
         history = MergeHistory.from_dict(record["history"])
         plain = cls(history, dict(record["fingerprint"]), record["dtype"], tuple(record["rng"]))
-        return replace(plain, lora=record.get("lora"), packed=record.get("packed", {}))
+        return replace(
+            plain, lora=record.get("lora"), packed=record.get("packed", {}), standing=record.get("standing", {})
+        )
 
     def check_fits(self, teacher: str, fingerprint: Fingerprint) -> None:
         """Raises InputError if the checkpoint was trained from another model than `teacher`."""

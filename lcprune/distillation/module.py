@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from lcprune import demo, weights
-from lcprune.distillation import adapters, beforehand, beginning, objectives, quantized, recall, sharded
+from lcprune.distillation import adapters, averaging, beforehand, beginning, objectives, quantized, recall, sharded
 from lcprune.distillation import phases as phases_room
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
@@ -37,6 +37,7 @@ from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import RngState, restore_rng_state
+from lcprune.distillation.standing import Standing
 from lcprune.distillation.strategies import clip_gradients, is_sharding, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
 from lcprune.distillation.trained import Trained
@@ -141,6 +142,8 @@ class DistillationModule(Evaluated):
         self._end: int | None = None  # optimizer steps of the whole run, once it has begun
         self.next_merge: int | None = None
         """Optimizer step of the next merge, where one is to come; `ProgressiveCollapse` keeps it."""
+        self.standing = Standing()
+        """Tokens read, validations since the last merge, merges undone; `ProgressiveCollapse` keeps it."""
         self._window = TokenWindow()
         self._losses = LossWatch()
         self.boundary = StepBoundary()
@@ -194,6 +197,7 @@ class DistillationModule(Evaluated):
         if stage == "fit":
             beforehand.try_out(self.make_optimizer, self.make_scheduler)
             beforehand.check_strategy(self.trainer.strategy, self.phases, self.train_usually)
+            averaging.check(self.trainer, [phase.trained(self.train_usually) for phase in self.phases])
             self.open_cache()
             source = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.cache is not None and isinstance(source, TrainingBlocks):
@@ -395,7 +399,8 @@ class DistillationModule(Evaluated):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = states * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, self.boundary.random_state(step))
-        record = Record(self.history, self.fingerprint, self.weights_dtype, tuple(states))
+        standing = self.standing.to_dict()
+        record = Record(self.history, self.fingerprint, self.weights_dtype, tuple(states), standing=standing)
         if self.lora is not None:
             # What is still packed as it was loaded is loaded again.
             weights = checkpoint["state_dict"]
@@ -423,8 +428,10 @@ class DistillationModule(Evaluated):
         surgery.replay(self.student, rest)
         self.history = record.history
         self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
+        self.standing = Standing.of(record.standing)
         if sharded.is_sharded(self.student):
             return  # weights and optimizer have been loaded by the strategy
+        averaging.replay(self, rest)
         quantized.restore(self.student, record.packed)
         weights = checkpoint["state_dict"]
         assert isinstance(weights, dict)
@@ -441,6 +448,7 @@ class DistillationModule(Evaluated):
                 "(collapse.schedule.first: 0), or train all or layers until then."
             )
         self.check_cache([self.history.lineage])
+        averaging.begin(self.trainer)
         # A run that was interrupted may have left tokens and losses in them.
         self._window, self._losses, self.boundary = TokenWindow(), LossWatch(), StepBoundary()
         steps = optimizer_steps(self.trainer)

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from lcprune.distillation.callbacks import ProgressiveCollapse, merge
+from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.checkpoint import KEY, Record, load_file
+from lcprune.distillation.merges import merge
 from lcprune.distillation.module import DistillationModule
 from lcprune.errors import InputError
 from lcprune.merging.lineage import MergeHistory, MergeStep

@@ -1,27 +1,66 @@
-"""At which optimizer steps how many layers go. Standard library only.
+"""When how many layers go. Standard library only.
 
-A schedule is a list of milestones `(global_step, depth)`: once that many optimizer steps are done, the student has at
-most that many layers. Milestones are a pure function of the schedule and the teacher's depth, so nothing needs to be
-remembered for a resume:
+A schedule is a list of milestones `(when, depth)`: from then on the student has at most that many layers. Milestones
+are a pure function of the schedule and the depth at the start, and whether a merge is due now is one of plain `Facts`,
+so nothing needs to be remembered for a resume:
 
     Evenly(target_depth=24, merges=3, first=20, last=120)   30 layers -> 28 at 20, 26 at 70, 24 at 120
+
+Here they are counted in optimizer steps; triggers.py has those that look at something else.
 """
 
 from dataclasses import dataclass
 from fractions import Fraction
+from math import isfinite
+from typing import ClassVar
 
 from lcprune.errors import InputError
 
 Milestone = tuple[int, int]
-"""(global_step, depth): the depth wanted once `global_step` optimizer steps are done."""
+"""(when, depth): the depth wanted once `when` optimizer steps (or tokens) are done."""
+Deadline = tuple[float, int]
+"""(step, depth): the optimizer step by which that depth is reached; infinite where nobody knows."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a schedule may look at."""
+
+    step: int
+    """Optimizer steps done."""
+    begun: int
+    """Layers with which the run began."""
+    depth: int
+    """Layers now."""
+    tokens: int = 0
+    """Tokens read, over all ranks, padding not."""
+    tokens_before: int = -1
+    """As many as there were when a schedule was last asked; -1 = it never was."""
+    merged: bool = False
+    """Whether layers have merged in this run."""
+    refused: bool = False
+    """Whether a merge of this run was undone, because it cost too much."""
+    before: float | None = None
+    """Validation perplexity right before the last merge; None = not measured."""
+    since: tuple[float, ...] = ()
+    """Validation perplexities since then, or since a merge was last tried."""
 
 
 class Schedule:
     """When to merge down to which depth. Subclasses are frozen dataclasses with a `milestones` method."""
 
+    unit: ClassVar[str] = "step"
+    """What milestones are counted in."""
+    by_validation: ClassVar[bool] = False
+    """Whether it looks at validation perplexities."""
+
     def milestones(self, depth: int) -> tuple[Milestone, ...]:
         """All milestones of a run that starts with `depth` layers, in order."""
         raise NotImplementedError
+
+    def deadlines(self, depth: int) -> tuple[Deadline, ...]:
+        """By which optimizer step each depth is reached at the latest, for a run that starts with `depth` layers."""
+        return self.milestones(depth)
 
     def check(self, depth: int, max_steps: int) -> None:
         """Raises InputError if the schedule does not fit the model or the run.
@@ -32,40 +71,73 @@ class Schedule:
         """
         milestones = self.milestones(depth)
         previous = depth
-        for step, target in milestones:
+        for when, target in milestones:
             if not 1 <= target < depth:
                 raise InputError(
                     f"{self}: the target depth {target} must lie between 1 and {depth - 1}, "
                     f"because the model has {depth} layers."
                 )
             if target >= previous:
-                raise InputError(f"{self}: depth {target} at step {step} does not go below {previous}.")
+                raise InputError(f"{self}: depth {target} at {self.unit} {when} does not go below {previous}.")
             previous = target
-        steps = [step for step, _ in milestones]
-        if steps != sorted(set(steps)) or steps[0] < 0:
-            raise InputError(f"{self}: the steps {steps} must grow from 0 on, one merge at a step.")
-        if 0 <= max_steps <= steps[-1]:
+        times = [when for when, _ in milestones]
+        if times != sorted(set(times)) or times[0] < 0:
+            raise InputError(f"{self}: the {self.unit}s {times} must grow from 0 on, one merge at a {self.unit}.")
+        last = last_known(self.deadlines(depth))
+        if 0 <= max_steps <= last:
             raise InputError(
-                f"{self}: the merge at step {steps[-1]} lies at or behind trainer.max_steps={max_steps}, "
+                f"{self}: the merge at step {last} lies at or behind trainer.max_steps={max_steps}, "
                 "so nothing could be trained after it: merge earlier or train longer."
             )
 
-    def due(self, global_step: int, depth: int) -> int | None:
-        """The depth to merge down to right now, after `global_step` optimizer steps; None = no merge is due.
+    def due(self, facts: Facts) -> int | None:
+        """The depth to merge down to right now; None = no merge is due.
 
-        Args:
-            global_step: Number of optimizer steps done.
-            depth: The teacher's number of layers.
+        Where a merge was undone, every later milestone takes the next portion and no more: the same merge is tried
+        again with more training behind it, and a run ends as many portions short as it had merges undone.
         """
-        return dict(self.milestones(depth)).get(global_step)
+        scheduled = self.reached(facts)
+        if scheduled is None or scheduled >= facts.depth:
+            return None
+        return self.portion(facts) if facts.refused else scheduled
+
+    def reached(self, facts: Facts) -> int | None:
+        """The depth of the milestone that has been reached since a schedule was last asked; None = there is none."""
+        return dict(self.milestones(facts.begun)).get(facts.step)
+
+    def portion(self, facts: Facts) -> int | None:
+        """The next of its depths; None = there is none."""
+        return next((depth for _, depth in self.milestones(facts.begun) if depth < facts.depth), None)
+
+    def position(self, facts: Facts) -> int:
+        """How far the run has come, in steps or tokens: milestones before are past."""
+        return facts.step
+
+    def missed(self, facts: Facts) -> list[str]:
+        """Milestones that are past although the student is deeper, in words; they are not made up for."""
+        milestones, position = self.milestones(facts.begun), self.position(facts)
+        return [
+            f"{depth} layers at {self.unit} {when}"
+            for when, depth in milestones
+            if when < position and depth < facts.depth
+        ]
 
     def target(self, depth: int) -> int:
         """The depth after the last milestone."""
         return self.milestones(depth)[-1][1]
 
 
+def last_known(deadlines: tuple[Deadline, ...]) -> int:
+    """The last optimizer step of those that are known; 0 = none is."""
+    return int(max((step for step, _ in deadlines if isfinite(step)), default=0))
+
+
+class StepSchedule(Schedule):
+    """Merges at optimizer steps that are known beforehand."""
+
+
 @dataclass(frozen=True)
-class AtSteps(Schedule):
+class AtSteps(StepSchedule):
     """Merges at the given steps down to the given depths."""
 
     depths: dict[int, int]
@@ -81,7 +153,7 @@ class AtSteps(Schedule):
 
 
 @dataclass(frozen=True)
-class EveryNSteps(Schedule):
+class EveryNSteps(StepSchedule):
     """Takes the same number of layers away at regular steps."""
 
     every: int
@@ -107,7 +179,7 @@ class EveryNSteps(Schedule):
 
 
 @dataclass(frozen=True)
-class Evenly(Schedule):
+class Evenly(StepSchedule):
     """Reaches a target depth in equal portions at equal distances."""
 
     target_depth: int

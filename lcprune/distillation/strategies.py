@@ -78,6 +78,16 @@ def optimizer_steps(trainer: Trainer) -> float:
     return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the trainer validates after the batch that has just been trained on.
+
+    It does so behind the checkpoint of that batch, and a run that resumes there does not make up for it.
+    """
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None, "asked outside of training"
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
 def clip_gradients(module: LightningModule, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
     """As Lightning does; for fused optimizers too, which it refuses in mixed precision even where nothing is scaled."""
     plugin = module.trainer.precision_plugin

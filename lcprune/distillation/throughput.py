@@ -28,9 +28,10 @@ from lcprune.distillation.levels import Labels, Logits, only
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.objectives import scored_positions
 from lcprune.distillation.phases import Phase
+from lcprune.distillation.standing import tokens_of
 from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Batch, mask_of
+from lcprune.merging.calibration import Batch
 
 
 class Throughput(Callback):
@@ -150,7 +151,7 @@ class _Window:
 
     def count(self, batch: Batch) -> None:
         """Adds a batch, without waiting for the device."""
-        self.tokens = self.tokens + _read(batch)
+        self.tokens = self.tokens + tokens_of(batch)
         self.scored = self.scored + scored_positions(batch).sum()
 
 
@@ -170,12 +171,6 @@ def _matrices(module: nn.Module) -> Iterator[tuple[int, bool]]:
                 yield part.in_features * part.out_features, parameter.requires_grad
             elif parameter.dim() > 1:
                 yield parameter.numel(), parameter.requires_grad
-
-
-def _read(batch: Batch) -> int | Tensor:
-    """Tokens of a batch that are not padding."""
-    mask = mask_of(batch)
-    return batch["input_ids"].numel() if mask is None else mask.sum()
 
 
 def _over_ranks(trainer: Trainer, count: int | Tensor) -> float:

@@ -90,31 +90,56 @@ def trial(model: PreTrainedModel, *steps: MergeStep, measure: Measure | None = N
         >>> with trial(model, step):
         ...     loss = evaluate(model)
     """
-    layout = layout_of(model.config)
-    layers = layout.layers_of(model)
-    modules = list(layers)
-    lists = {name: copy.copy(getattr(model.config, name, None)) for name in layout.per_layer_fields}
-    touched: list[tuple[nn.Parameter, torch.Tensor]] = []
-    settings: list[tuple[nn.Module, dict[str, object]]] = []
+    memory, layers = Memory(model), layout_of(model.config).layers_of(model)
     try:
         for step in steps:
             _check(step, layers)
-            touched += [(parameter, parameter.data) for parameter in layers[step.base].parameters()]
-            settings += [(module, _settings(module)) for module in layers[step.base].modules()]
+            memory.note(layers[step.base])
             apply(model, step, measure)
         yield
     finally:
-        for parameter, data in reversed(touched):
+        memory.restore()
+
+
+class Memory:
+    """A model's structure as it is, and the tensors of layers that may be about to change, by reference.
+
+    Whoever changes weights gives them new storage, so that nothing is copied: what a merge replaces stays alive for as
+    long as this does.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Knows the layers and the config; `note` the layers whose tensors will be replaced.
+
+        Args:
+            model: A causal LM of a known family.
+        """
+        self._layout, self._config = layout_of(model.config), model.config
+        self._layers = self._layout.layers_of(model)
+        self._modules = list(self._layers)
+        self._lists = {name: copy.copy(getattr(model.config, name, None)) for name in self._layout.per_layer_fields}
+        self._tensors: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._settings: list[tuple[nn.Module, dict[str, object]]] = []
+
+    def note(self, *layers: nn.Module) -> None:
+        """Keeps the tensors and settings that these layers have now."""
+        for layer in layers:
+            self._tensors += [(parameter, parameter.data) for parameter in layer.parameters()]
+            self._settings += [(module, _settings(module)) for module in layer.modules()]
+
+    def restore(self) -> None:
+        """Makes the model what it was, bit for bit and with the same Parameters."""
+        for parameter, data in reversed(self._tensors):
             parameter.data = data
-        for module, plain in reversed(settings):
+        for module, plain in reversed(self._settings):
             vars(module).update(plain)
-        del layers[:]
-        layers.extend(modules)
-        setattr(model.config, layout.depth_field, len(modules))
-        for name, values in lists.items():
+        del self._layers[:]
+        self._layers.extend(self._modules)
+        setattr(self._config, self._layout.depth_field, len(self._modules))
+        for name, values in self._lists.items():
             if values is not None:
-                setattr(model.config, name, values)
-        _renumber(layers, layout)
+                setattr(self._config, name, values)
+        _renumber(self._layers, self._layout)
 
 
 def replay(model: PreTrainedModel, history: MergeHistory) -> None:

@@ -143,10 +143,15 @@ class _Judge:
             return self._perplexity()
 
     def _perplexity(self) -> float:
-        model, batches = self._calibration.model, self._calibration.batches
-        with evaluating(model):
-            states = (hidden_states(model, batch) for batch in track(batches, "measuring perplexity"))
-            return TrialPerplexity().measure(self._calibration, states)
+        return calibration_perplexity(self._calibration)
+
+
+def calibration_perplexity(calibration: Calibration) -> float:
+    """The perplexity of the model as it stands on the calibration text."""
+    model, batches = calibration.model, calibration.batches
+    with evaluating(model):
+        states = (hidden_states(model, batch) for batch in track(batches, "measuring perplexity"))
+        return TrialPerplexity().measure(calibration, states)
 
 
 @contextmanager

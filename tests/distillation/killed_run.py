@@ -1,6 +1,6 @@
 """A run that kills itself at a merge: `killed_run.py FOLDER TEACHER TEXT before|at|inside|after`. Goes on where it was.
 
-`inside` dies in the middle of the first merge: the student is changed, optimizer and history are not.
+`inside` dies in the middle of the first merge: student and history are changed, the optimizer is not.
 """
 
 import os

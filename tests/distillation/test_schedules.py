@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcprune.distillation.schedules import AtSteps, Evenly, EveryNSteps, Schedule
+from lcprune.distillation.schedules import AtSteps, Evenly, EveryNSteps, Facts, Schedule
 from lcprune.errors import InputError
 
 
@@ -32,7 +32,7 @@ def test_milestones_are_these_numbers(schedule: Schedule, depth: int, milestones
 
 def test_due_names_the_depth_at_a_milestone_and_nothing_between():
     schedule = Evenly(24, merges=3, first=20, last=120)
-    due = {step: schedule.due(step, 30) for step in range(200)}
+    due = {step: schedule.due(Facts(step, begun=30, depth=30)) for step in range(200)}
     assert {step: depth for step, depth in due.items() if depth is not None} == {20: 28, 70: 26, 120: 24}
 
 
