@@ -24,7 +24,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lcprune.distillation import adapters, beforehand, optim
+from lcprune.distillation import adapters, beforehand, guests, optim
+from lcprune.distillation.beginning import Reference
+from lcprune.distillation.guests import Guest, Shortened
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Milestone, Schedule
@@ -89,16 +91,18 @@ class ProgressiveCollapse(Callback):
         others = [other for other in trainer.callbacks if isinstance(other, ProgressiveCollapse)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise InputError("trainer.callbacks holds ProgressiveCollapse beside the recipe's `collapse`: keep one.")
+        guests.welcome(pl_module)
         if stage != "fit" or self.schedule is None:
             return
-        self.check(trainer, _ours(pl_module))
+        if not guests.model_comes_later(pl_module):
+            self.check(trainer, _ours(pl_module))
         if not isinstance(trainer.datamodule, CalibrationSource):  # type: ignore[attr-defined]
             raise InputError(
                 "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
                 "calibration_batches(), like lcprune.TextDataModule."
             )
 
-    def check(self, trainer: Trainer, module: DistillationModule) -> None:
+    def check(self, trainer: Trainer, module: Shortened) -> None:
         """Raises InputError for what can be known before text is read or a folder made."""
         beforehand.check_strategy(trainer.strategy, module.phases, module.train_usually)
         depth = module.begun.depth
@@ -106,7 +110,7 @@ class ProgressiveCollapse(Callback):
         beforehand.check_trains(module.phases, module.train_usually, module.begun.lineage, first_merge)
         if self.schedule is None:
             return
-        optim.check(beforehand.try_out(module.make_optimizer, module.make_scheduler))
+        module.check_optimizer()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.schedule.check(depth, trainer.max_steps)
         for _, target in self.schedule.milestones(depth):
@@ -139,6 +143,9 @@ class ProgressiveCollapse(Callback):
         A checkpoint may stem from between an optimizer step and its merge (an exception, a signal of the cluster).
         """
         module, steps = _ours(pl_module), optimizer_steps(trainer)
+        if isinstance(module, Guest):
+            self.check(trainer, module)
+            module.continue_randomness()
         last = 0 if self.schedule is None else self.schedule.milestones(module.begun.depth)[-1][0]
         if self.schedule is not None and steps <= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
@@ -165,13 +172,13 @@ class ProgressiveCollapse(Callback):
         self._merge_if_due(trainer, module)
         self._look_ahead(trainer, module)
 
-    def _check_cache(self, step: int, module: DistillationModule) -> None:
+    def _check_cache(self, step: int, module: Shortened) -> None:
         """Refuses a teacher cache that a later merge would find wanting; the module looks at the present lineage."""
         lineages = self.foresee(module, step)
         if lineages is not None or any(at > step for at, _ in self._ahead(module, step)):
             module.check_cache(lineages)
 
-    def foresee(self, module: DistillationModule, step: int = 0) -> list[Lineage] | None:
+    def foresee(self, module: Shortened, step: int = 0) -> list[Lineage] | None:
         """Every lineage that is trained from an optimizer step on; None where only planning will tell.
 
         Args:
@@ -188,7 +195,7 @@ class ProgressiveCollapse(Callback):
             lineages.append(lineage := after)
         return lineages
 
-    def _ahead(self, module: DistillationModule, step: int) -> list[Milestone]:
+    def _ahead(self, module: Shortened, step: int) -> list[Milestone]:
         milestones = () if self.schedule is None else self.schedule.milestones(module.begun.depth)
         return [(at, depth) for at, depth in milestones if at >= step and depth < module.history.depth]
 
@@ -204,12 +211,12 @@ class ProgressiveCollapse(Callback):
             self._merge_if_due(trainer, _ours(pl_module))
             self._look_ahead(trainer, _ours(pl_module))
 
-    def _look_ahead(self, trainer: Trainer, module: DistillationModule) -> None:
+    def _look_ahead(self, trainer: Trainer, module: Shortened) -> None:
         """Tells the module when the next merge comes, which ends its phases."""
         ahead = (at for at, _ in self._ahead(module, trainer.global_step + 1))
         module.next_merge = next(ahead, None)
 
-    def _merge_if_due(self, trainer: Trainer, module: DistillationModule) -> None:
+    def _merge_if_due(self, trainer: Trainer, module: Shortened) -> None:
         if self.schedule is None:
             return
         target = self.schedule.due(trainer.global_step, module.begun.depth)
@@ -222,7 +229,7 @@ class ProgressiveCollapse(Callback):
             return
         merge(trainer, module, steps)
 
-    def _agreed_plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
+    def _agreed_plan(self, trainer: Trainer, module: Shortened, target: int) -> tuple[MergeStep, ...]:
         """Rank 0's plan, on every rank; a mistake that it finds is raised on every rank too."""
         plan: MergeHistory | InputError | None = None
         if trainer.is_global_zero:
@@ -237,18 +244,17 @@ class ProgressiveCollapse(Callback):
         _compare(trainer, plan.digest)
         return plan.steps
 
-    def _plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
-        assert module.teacher is not None
+    def _plan(self, trainer: Trainer, module: Shortened, target: int) -> tuple[MergeStep, ...]:
         source = trainer.datamodule  # type: ignore[attr-defined]
         calibration = Calibration(
-            module.student, source.calibration_batches(), original=module.teacher.model, history=module.history
+            module.student, source.calibration_batches(), original=module.original, history=module.history
         )
         with _planning(trainer), adapters.plain(module.student):
             steps = with_refit(self.planner.plan(calibration, self.operator, target), self.refit)
         return tuple(replace(step, global_step=trainer.global_step) for step in steps)
 
 
-def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeStep]) -> None:
+def merge(trainer: Trainer, module: Shortened, steps: Sequence[MergeStep]) -> None:
     """Executes steps on a student in training and brings everything along that knew the layers."""
     batches = trainer.datamodule.calibration_batches() if _needs_text(steps) else ()  # type: ignore[attr-defined]
 
@@ -256,7 +262,7 @@ def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeSte
         with _planning(trainer):
             return measure_activity(module.student, batches, wanted)
 
-    before = module.history
+    reference = module.reference() if steps[-1].refit is not None else None
     with adapters.plain(module.student) as adapted:
         for step in steps:
             outcome = surgery.apply(module.student, step, activity)
@@ -265,8 +271,8 @@ def merge(trainer: Trainer, module: DistillationModule, steps: Sequence[MergeSte
             for optimizer in trainer.optimizers:
                 optim.carry_over(optimizer, outcome)
             module.history = module.history.append(step)
-        if batches and steps[-1].refit is not None:
-            _repair(trainer, module, batches, before)
+        if reference is not None:
+            _repair(trainer, module, batches, reference, steps)
     for optimizer in trainer.optimizers:
         optim.carry_over(optimizer, adapted.outcome)
     optim.forget_gradients(list(module.student.parameters()))
@@ -283,12 +289,13 @@ def _needs_text(steps: Sequence[MergeStep]) -> bool:
     return any(step.refit is not None or from_spec(step.operator).needs_activity for step in steps)
 
 
-def _repair(trainer: Trainer, module: DistillationModule, batches: Sequence[Batch], before: MergeHistory) -> None:
-    """Refits the merged student to the teacher; the optimizer's state of layers that did not merge stays."""
-    assert module.teacher is not None
-    text = regrouped(batches)
+def _repair(
+    trainer: Trainer, module: Shortened, batches: Sequence[Batch], reference: Reference, steps: Sequence[MergeStep]
+) -> None:
+    """Refits the merged student; the optimizer's state of layers that did not merge stays."""
+    text, before = regrouped(batches), reference.history
     with _planning(trainer):
-        repair(Stream(module.student, text), Stream(module.teacher.model, text), module.history, before)
+        repair(Stream(module.student, text), Stream(reference.model, text), before.extend(steps), before)
     _share(module.student.parameters())
 
 
@@ -318,9 +325,9 @@ def measure(trainer: Trainer, module: DistillationModule) -> dict[str, float]:
     return {f"val/{name}": value.item() for name, value in metric.compute().items()}
 
 
-def _note_measurement(trainer: Trainer, module: DistillationModule) -> None:
+def _note_measurement(trainer: Trainer, module: Shortened) -> None:
     """Writes what the merge did to the student into the last step of the history, and into the log."""
-    figures = measure(trainer, module)
+    figures = measure(trainer, module) if isinstance(module, DistillationModule) else {}
     last = module.history.steps[-1]
     steps = (*module.history.steps[:-1], replace(last, measured=figures))
     module.history = replace(module.history, steps=steps)
@@ -335,10 +342,8 @@ def _note_measurement(trainer: Trainer, module: DistillationModule) -> None:
     )
 
 
-def _ours(module: LightningModule) -> DistillationModule:
-    if not isinstance(module, DistillationModule):
-        raise InputError(f"ProgressiveCollapse trains a DistillationModule, not a {type(module).__name__}.")
-    return module
+def _ours(module: LightningModule) -> Shortened:
+    return module if isinstance(module, DistillationModule) else Guest(module)
 
 
 @contextmanager

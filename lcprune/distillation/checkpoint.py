@@ -39,7 +39,7 @@ FINGERPRINT = (
 )
 """Config fields by which a checkpoint's teacher is recognised."""
 PREFIX = "student."
-"""What the student's tensors are called in a checkpoint's state dict, before their own names."""
+"""What the tensors of DistillationModule's student are called in a state dict, before their own names."""
 
 Fingerprint = dict[str, object]
 
@@ -60,6 +60,8 @@ class Record:
     """The adapters that are in it, as `Lora.record`; None = there are none."""
     packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Packed weights that the teacher's folder does not have, by module."""
+    prefix: str = PREFIX
+    """What the student's tensors are called in the state dict, before their own names."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for a checkpoint."""
@@ -70,6 +72,7 @@ class Record:
             "rng": list(self.rng),
             "lora": self.lora,
             "packed": self.packed,
+            "prefix": self.prefix,
         }
 
     @classmethod
@@ -80,7 +83,12 @@ class Record:
             raise InputError("ckpt_path names a checkpoint that lcprune did not write: name one from a run's folder.")
         history = MergeHistory.from_dict(record["history"])
         plain = cls(history, dict(record["fingerprint"]), record["dtype"], tuple(record["rng"]))
-        return replace(plain, lora=record.get("lora"), packed=record.get("packed", {}))
+        return replace(
+            plain,
+            lora=record.get("lora"),
+            packed=record.get("packed", {}),
+            prefix=record.get("prefix", PREFIX),
+        )
 
     def check_fits(self, teacher: str, fingerprint: Fingerprint) -> None:
         """Raises InputError if the checkpoint was trained from another model than `teacher`."""
@@ -143,7 +151,9 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     mend_config(config, record.history.steps)
     weights = checkpoint["state_dict"]
     assert isinstance(weights, Mapping)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
+    tensors = {
+        name.removeprefix(record.prefix): tensor for name, tensor in weights.items() if name.startswith(record.prefix)
+    }
     dtype = next(iter(tensors.values())).dtype  # bf16-true trains in another one than model.dtype
     lora = None if record.lora is None else Lora(**record.lora)  # type: ignore[arg-type]
     if lora is not None and lora.base != "full":

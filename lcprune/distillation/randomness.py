@@ -30,6 +30,15 @@ def rng_state() -> RngState:
     }
 
 
+def states_of_ranks() -> tuple[RngState, ...]:
+    """The state of every rank, in order; all ranks have to ask."""
+    states = [rng_state()]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        states = states * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, rng_state())
+    return tuple(states)
+
+
 def restore_rng_state(state: RngState) -> None:
     """Puts back what `rng_state` returned; GPUs only where their number is the same."""
     version, internal, gauss_next = state["python"]
