@@ -25,8 +25,13 @@ with training (Lightning's own commands):
 without training:
   collapse   plan, merge, export; --plan-only prints the plan, --plan FILE executes an edited one
   score      every criterion over every layer
+  plan       what a recipe would do: depth, parameters, memory, work; nothing is loaded
   cache      what the teacher says about the training text, stored once; fit then looks it up
   export     a checkpoint becomes a Hugging Face folder
+
+beside them:
+  recipes     lists the recipes that come with lcprune; recipes copy NAME hands one out
+  completion  what a shell needs to complete all of this
 
 start here:
   lcprune fit --config recipes/quickstart.yaml
@@ -99,10 +104,16 @@ def _run(command: str, arguments: list[str]) -> int:
         from lcprune.cli.caching import run
     elif command == "export":
         from lcprune.cli.delivery import run
+    elif command == "plan":
+        from lcprune.cli.planning import run
+    elif command == "recipes":
+        from lcprune.cli.recipes import run
+    elif command == "completion":
+        from lcprune.cli.completion import run
     else:
         from difflib import get_close_matches
 
-        known = (*TRAINING, "collapse", "score", "cache", "export")
+        known = (*TRAINING, "collapse", "score", "cache", "export", "plan", "recipes", "completion")
         near = get_close_matches(command, known, 1)
         raise InputError(
             f"{command!r} is not a command{f', did you mean {near[0]}?' if near else ';'} "
@@ -113,5 +124,9 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _say(message: object, status: int) -> int:
-    print(f"lcprune: {message}", file=sys.stderr)
+    from rich.console import Console
+    from rich.text import Text
+
+    # Colour on a terminal only, and not where NO_COLOR is set: rich looks.
+    Console(stderr=True).print(Text.assemble(("lcprune:", "bold red"), f" {message}"), soft_wrap=True)
     return status

@@ -1,6 +1,6 @@
 """`export`: a checkpoint becomes a Hugging Face folder."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +10,20 @@ from lcprune.delivery.export import check_target, export
 from lcprune.distillation.checkpoint import load_student
 from lcprune.errors import InputError
 
+EXAMPLES = """an example:
+  lcprune export runs/progressive/checkpoints/last.ckpt --out short
+"""
+
 
 def run(command: str, arguments: list[str]) -> None:
     """`lcprune export CHECKPOINT --out FOLDER`."""
-    parser = _Parser(prog="lcprune export", description=__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog="lcprune export",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("checkpoint", type=Path, help="A .ckpt file that lcprune fit wrote.")
     parser.add_argument("--out", type=Path, required=True, help="Folder for the student.")
     own = parser.parse_args(arguments)

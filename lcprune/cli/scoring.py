@@ -14,6 +14,10 @@ from lcprune.delivery import pictures
 from lcprune.errors import InputError
 from lcprune.files import write_bytes, write_text
 
+EXAMPLES = """an example:
+  lcprune score --config recipes/shortgpt.yaml --data.path my.jsonl --out scores
+"""
+
 
 def run(command: str, arguments: list[str]) -> None:
     """`lcprune score --config RECIPE.yaml`."""
@@ -23,6 +27,7 @@ def run(command: str, arguments: list[str]) -> None:
         arguments,
         ("--out", Path, "Folder for scores.json and scores.png, or a .json file for the scores without a picture."),
         *options.LOADING,
+        examples=EXAMPLES,
     )
     options.check_loading(own)
     table, picture = _targets(own.out)
