@@ -82,8 +82,10 @@ def way_to(path: Path) -> str:
     """How to get a recipe that is not where it was looked for, as the end of a sentence; empty for one unknown."""
     if path.stem not in known():
         return ""
-    target = "" if path == Path(path.name) else f" {path.with_suffix('.yaml')}"
-    return f"`lcprune recipes copy {path.stem}{target}` puts it there"
+    place = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    file = place.with_suffix(".yaml")
+    target = "" if file == Path(file.name) else f" {file}"
+    return f"`lcprune recipes copy {path.stem}{target}` writes {file}"
 
 
 def headline(file: Path) -> str:
