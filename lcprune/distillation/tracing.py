@@ -2,7 +2,8 @@
 
 The model is built one and two layers deep out of tensors that have shapes and no memory (torch's FakeTensorMode) and
 is run as in training: what autograd saves, less the Parameters, is the memory of activations, whichever family it is;
-the difference between the two depths is that of one layer. Legend: `B` rows, `T` tokens, `D` hidden.
+the difference between the two depths is that of one layer. Not in it: masks of layers whose window is shorter than a
+block. Legend: `B` rows, `T` tokens, `D` hidden.
 """
 
 import copy
@@ -11,12 +12,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 
 from lcprune.distillation.adapters import Lora
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import hidden_states
+
+PLAIN = "lcprune_traced"
+"""The attention that is traced: with shapes alone transformers would make masks that a training step does without."""
+
+
+def _plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, None]:
+    grouped = key.shape[1] != query.shape[1]
+    output = scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PLAIN, _plain_attention)
 
 
 @dataclass(frozen=True)
@@ -74,9 +99,10 @@ def _trace(config: PretrainedConfig, depth: int, shape: Shape, lora: Lora | None
     """Bytes saved, bytes of the last state, and operations of a forward pass without the head."""
     layout, config = layout_of(config), copy.deepcopy(config)
     layout.keep_layers(config, list(range(depth)))
-    # Experts' grouped products know no autocast where nothing is real.
-    experts = layout.mlp is None and shape.autocast is not None
-    weights, low = (shape.autocast or shape.weights, None) if experts else (shape.weights, shape.autocast)
+    # Without memory experts' grouped products are known in bfloat16 alone; wider types are taken to need as much more.
+    experts = layout.mlp is None
+    weights, low = (torch.bfloat16, None) if experts else (shape.weights, shape.autocast)
+    wider = shape.weights.itemsize // weights.itemsize
     with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         model = AutoModelForCausalLM.from_config(config, dtype=weights).train()
         if lora is not None:
@@ -84,6 +110,8 @@ def _trace(config: PretrainedConfig, depth: int, shape: Shape, lora: Lora | None
             for layer in layout.layers_of(model):
                 for name in lora.projections(layout):
                     layer.set_submodule(name, _Adapted(layer.get_submodule(name), lora.rank))
+        if model.config._attn_implementation == "sdpa" and type(model)._supports_attention_backend:
+            model.set_attn_implementation(PLAIN)
         saved = _Saved(list(model.parameters()))
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
@@ -91,7 +119,7 @@ def _trace(config: PretrainedConfig, depth: int, shape: Shape, lora: Lora | None
         ):
             batch = {"input_ids": torch.zeros(shape.rows, shape.length, dtype=torch.int64)}
             state = hidden_states(model, batch)
-    return saved.bytes, state.nbytes, counter.get_total_flops()
+    return saved.bytes * wider, state.nbytes * wider, counter.get_total_flops()
 
 
 class _Adapted(nn.Module):
