@@ -118,7 +118,7 @@ def _memory(found: Forecast) -> Table:
         table.add_row(name, f"{getattr(peak, field) / GIB:,.2f} GiB")
     table.add_row("[bold]in all[/]", f"[bold]{peak.total / GIB:,.2f} GiB[/]")
     for setting, total in found.otherwise.items():
-        table.add_row(f"with {setting}".replace("with with", "with"), f"{total / GIB:,.2f} GiB")
+        table.add_row(setting, f"{total / GIB:,.2f} GiB")
     return table
 
 

@@ -153,7 +153,7 @@ def forecast(module: DistillationModule, callback: ProgressiveCollapse, trainer:
         for (first, depth), lineage in zip(depths, lineages, strict=True)
     )
     others = {
-        "activations: keep" if step.recompute else "activations: recompute": replace(
+        "with activations: keep" if step.recompute else "with activations: recompute": replace(
             step, recompute=not step.recompute
         ),
         "without teacher_cache" if step.cached else "with teacher_cache": replace(step, cached=not step.cached),
