@@ -20,8 +20,8 @@ ROOMS = {
     "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
     "search budget within collapse shards streaming heatmaps",
     "distillation": "schedules accumulation strategies randomness divergences buckets head fused losses metrics levels "
-    "trained passes quantized teacher beginning adapters tracing pair footprint phases beforehand objectives evaluated cache fill "
-    "recall optim checkpoint module given guests throughput callbacks forecast",
+    "trained passes quantized teacher beginning adapters tracing pair footprint phases beforehand objectives evaluated "
+    "cache fill recall optim checkpoint module given guests throughput callbacks forecast",
     "data": "preprocess sources author generate module",
     "delivery": "pictures card export figures evaluate report",
 }
