@@ -21,8 +21,9 @@ ROOMS = {
     "search budget within collapse shards streaming heatmaps",
     "distillation": "schedules triggers standing stages accumulation strategies randomness storing boundary faults "
     "signals divergences buckets head fused losses metrics levels trained passes quantized adapters "
-    "teacher beginning pair phases beforehand objectives evaluated averaging cache fill recall sharded "
-    "optim checkpoint module throughput companions undo merges callbacks offline comparison",
+    "teacher beginning tracing pair footprint phases beforehand objectives evaluated averaging cache fill "
+    "recall sharded optim checkpoint module given throughput companions guests undo merges callbacks "
+    "offline forecast comparison",
     "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate "
     "origin module",
     "delivery": "pictures card export decoding choices speed figures evaluate harness hub gguf training_log tree plots "
@@ -30,7 +31,7 @@ ROOMS = {
 }
 ROOMS_BELOW = {"merging": (), "data": (), "distillation": ("merging",), "delivery": ("merging",)}
 LEAVES = ("errors", "files", "demo", "weights", "identity")  # importable by all, importing one another at most
-ENTRIES = ("", "cli", "__main__")  # with all files below them: importable by no room, importing what they like
+ENTRIES = ("", "api", "cli", "__main__")  # with all files below them: importable by no room, importing what they like
 
 # Third-party libraries a place may import, the most exact name counting; a place without a line may import any.
 LIBRARIES = {

@@ -8,6 +8,8 @@ by the user, 143 by SIGTERM. A defect of ours keeps its traceback.
 import errno
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
 
 from lcprune import __version__
 from lcprune.errors import InputError, RunError, Stopped
@@ -22,14 +24,25 @@ with training (Lightning's own commands):
   test       the same on a data module's test text (ours: the held-out text), logged as test/...
   predict    let the student continue held-out text; writes predictions.jsonl
 
-without training:
-  collapse   plan, merge, export; --plan-only prints the plan, --plan FILE executes an edited one
-  score      every criterion over every layer
+before it:
+  plan       what a recipe would do: depth, parameters, memory, work; nothing is loaded
   data       which tokens of the recipe's text are learned, in colour, and how many
+  score      every criterion over every layer
   cache      what the teacher says about the training text, stored once; fit then looks it up
+
+without it:
+  collapse   plan, merge, export; --plan-only prints the plan, --plan FILE executes an edited one
+  collapse-checkpoint
+             merge in a checkpoint, between two runs of fit that cannot merge themselves
+
+after it:
   evaluate   a model beside its teacher: tasks, text, agreement, repetition, speed, memory
-  export     a checkpoint becomes a Hugging Face folder; --push-to-hub, --gguf
   report     one run or several as one HTML file: family tree, curves, similarities, generated text
+  export     a checkpoint becomes a Hugging Face folder; --push-to-hub, --gguf
+
+beside it:
+  recipes    lists the recipes that come with lcprune; recipes copy NAME hands one out
+  completion what a shell needs to complete all of this
 
 start here:
   lcprune fit --config recipes/quickstart.yaml
@@ -37,6 +50,20 @@ start here:
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
+HOMES = dict.fromkeys(TRAINING, "training") | {
+    "plan": "planning",
+    "data": "previewing",
+    "score": "scoring",
+    "cache": "caching",
+    "collapse": "merging",
+    "collapse-checkpoint": "surgery",
+    "evaluate": "evaluating",
+    "report": "reporting",
+    "export": "delivery",
+    "recipes": "recipes",
+    "completion": "completion",
+}
+"""Every command -> the module here whose `run` it is, imported only then."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lcprune {__version__}")
         return 0
     try:
-        return _run(arguments[0], arguments[1:])
+        _run(arguments[0], arguments[1:])
+        return 0
     except InputError as error:
         return _say(error, 2)
     except KeyboardInterrupt:
@@ -94,36 +122,20 @@ def lightning_main() -> int:
     return 0
 
 
-def _run(command: str, arguments: list[str]) -> int:
-    if command in TRAINING:
-        from lcprune.cli.training import run
-    elif command == "collapse":
-        from lcprune.cli.merging import run
-    elif command == "score":
-        from lcprune.cli.scoring import run
-    elif command == "data":
-        from lcprune.cli.previewing import run
-    elif command == "cache":
-        from lcprune.cli.caching import run
-    elif command == "evaluate":
-        from lcprune.cli.evaluating import run
-    elif command == "export":
-        from lcprune.cli.delivery import run
-    elif command == "report":
-        from lcprune.cli.reporting import run
-    else:
-        from difflib import get_close_matches
-
-        known = (*TRAINING, "collapse", "score", "data", "cache", "evaluate", "export", "report")
-        near = get_close_matches(command, known, 1)
+def _run(command: str, arguments: list[str]) -> None:
+    if command not in HOMES:
+        near = get_close_matches(command, HOMES, 1)
         raise InputError(
             f"{command!r} is not a command{f', did you mean {near[0]}?' if near else ';'} "
-            f"the commands are {', '.join(known)}."
+            f"the commands are {', '.join(HOMES)}."
         )
-    run(command, arguments)
-    return 0
+    import_module(f"lcprune.cli.{HOMES[command]}").run(command, arguments)
 
 
 def _say(message: object, status: int) -> int:
-    print(f"lcprune: {message}", file=sys.stderr)
+    from rich.console import Console
+    from rich.text import Text
+
+    # Colour on a terminal only, and not where NO_COLOR is set: rich looks.
+    Console(stderr=True).print(Text.assemble(("lcprune:", "bold red"), f" {message}"), soft_wrap=True)
     return status

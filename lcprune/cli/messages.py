@@ -3,8 +3,10 @@
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import lcprune
+from lcprune.cli import recipes
 from lcprune.errors import InputError
 
 _UNKNOWN = re.compile(r"(?:[Oo]ption '([\w.\-]+)'|unrecognized arguments: --([\w.\-]+))")
@@ -44,7 +46,9 @@ def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
     if match := _AMBIGUOUS.search(message):
         return _unknown_setting(match[1], settings)
     if match := _NO_FILE.search(message):
-        return f"{match[1]}={match[2]} does not exist: check the path (it counts from the folder the command runs in)."
+        way = recipes.way_to(Path(match[2])) if match[1] == "config" else ""
+        way = way or "check the path (it counts from the folder the command runs in)"
+        return f"{match[1]}={match[2]} does not exist: {way}."
     if match := _UNKNOWN.search(message):
         return _unknown_setting(match[1] or match[2], settings)
     key = key_of(message)

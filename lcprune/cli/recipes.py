@@ -1,78 +1,134 @@
-"""A recipe as a file, before it is parsed: YAML that is whole, in sections, and says nothing twice.
+"""`recipes`: what this package brings, and a copy of it to edit.
 
-A key that is there twice is no mistake to YAML, the last one counts; an empty section is no mistake to the parser, its
-settings are then gone. Either would be a run with other settings than those that are read in the file.
+    recipes/NAME.yaml             a method; its header says what, from where, with which outcome, and the command
+    recipes/models/NAME.yaml      an overlay with the settings of a model, given after a method's recipe
+
+In a checkout they lie in `recipes/`; a wheel has them inside the package. Imports nothing heavy.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
-import yaml
+from rich.console import Console
+from rich.table import Table
 
+import lcprune
 from lcprune.errors import InputError
+from lcprune.files import write_text
 
-SECTIONS = ("model", "data", "trainer", "collapse")
-"""What must hold settings, where it is there."""
+MODELS = "models"
+"""The folder of the overlays, inside that of the recipes."""
+EXAMPLES = """examples:
+  lcprune recipes                                      # what there is
+  lcprune recipes copy quickstart                      # quickstart.yaml in this folder
+  lcprune recipes copy llama-3.2-1b recipes/models     # into another folder, or to a file of another name
+"""
 
 
-def check_all(arguments: Sequence[str]) -> None:
-    """Looks at every recipe that a command line names with --config or -c.
+def run(command: str, arguments: list[str]) -> None:
+    """`lcprune recipes` and `lcprune recipes copy NAME [TARGET]`."""
+    parser = _Parser(
+        prog="lcprune recipes",
+        description="Lists the recipes that lcprune brings, or copies one.",
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("action", nargs="?", choices=("list", "copy"), default="list", help="list is the default")
+    parser.add_argument("name", nargs="?", help="which recipe to copy, as the list calls it")
+    parser.add_argument("target", nargs="?", type=Path, help="folder or file for it; default: its own name, here")
+    own = parser.parse_args(arguments)
+    if own.action == "list":
+        if own.name is not None:
+            raise InputError(f"lcprune recipes list takes nothing more, {own.name!r} is left over: leave it out.")
+        _list()
+    elif own.name is None:
+        raise InputError("lcprune recipes copy needs the name of a recipe: `lcprune recipes` lists them.")
+    else:
+        path = copy(own.name, own.target)
+        print(f"recipe: {path}")
+
+
+def known() -> dict[str, Path]:
+    """Every recipe and overlay by name, methods first."""
+    folder = _folder()
+    files = [*sorted(folder.glob("*.yaml")), *sorted((folder / MODELS).glob("*.yaml"))]
+    return {file.stem: file for file in files}
+
+
+def copy(name: str, target: Path | None = None) -> Path:
+    """Copies a recipe; returns where to.
+
+    Args:
+        name: As `known` has it; with `.yaml` and `models/` if you like.
+        target: A folder, or a file that does not exist yet; default: its own name in the current folder.
 
     Raises:
-        InputError: One is no recipe.
+        InputError: There is no such recipe, or there is a file already.
     """
-    for name, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        given = value if name in ("--config", "-c") else name.partition("=")[2] if name.startswith("--config=") else ""
-        if given and Path(given).is_file():
-            check(Path(given))
+    source = _named(name)
+    place = Path() if target is None else target.expanduser()
+    path = place if place.suffix in (".yaml", ".yml") else place / source.name
+    if path.exists():
+        raise InputError(f"{path} exists already and is left as it is: remove it, or name another file.")
+    write_text(path, source.read_text(encoding="utf-8"))
+    return path
 
 
-def check(path: Path) -> None:
-    """Raises InputError, with the line, for a file that is not YAML or not a recipe."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        yaml.safe_load(text)  # refuses tags that would make objects of Python's
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        twice = next(_twice(root, set()), None)
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-        raise InputError(f"The recipe {path} is not YAML ({error.problem}{line}): correct it.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no date
-        reason = str(error).splitlines()[0]
-        raise InputError(f"The recipe {path} is not YAML ({reason}): name a text file as in recipes/.") from error
-    except OSError as error:
-        raise InputError(f"The recipe {path} cannot be read ({error.strerror}): check its rights.") from error
-    if not isinstance(root, yaml.MappingNode) or not root.value:
-        raise InputError(f"The recipe {path} holds no sections: write {', '.join(SECTIONS)} as in recipes/.")
-    if twice is not None:
-        raise InputError(
-            f"The recipe {path} says {twice.value!r} twice in the same place, again in line "
-            f"{twice.start_mark.line + 1}, and one would not count: keep one."
-        )
-    for key, value in root.value:
-        if key.tag != "tag:yaml.org,2002:str":
-            raise InputError(
-                f"The recipe {path} has the key {key.value!r} in line {key.start_mark.line + 1}, which is no name: the "
-                f"sections are {', '.join(SECTIONS)}."
-            )
-        if key.value in SECTIONS and not isinstance(value, yaml.MappingNode):
-            raise InputError(
-                f"The recipe {path} has no settings under {key.value!r} in line {key.start_mark.line + 1}: write each "
-                "on a line of its own, as NAME: VALUE, or leave the section out."
-            )
+def way_to(path: Path) -> str:
+    """How to get a recipe that is not where it was looked for, as the end of a sentence; empty for one unknown."""
+    if path.stem not in known():
+        return ""
+    place = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    file = place.with_suffix(".yaml")
+    target = "" if file == Path(file.name) else f" {file}"
+    return f"`lcprune recipes copy {path.stem}{target}` writes {file}"
 
 
-def _twice(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.Node]:
-    """Keys that their mapping has already; what several places share by an anchor is looked at once."""
-    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        known: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in known and key.value != "<<":
-                yield key
-            known.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-    for child in node.value:
-        for part in child if isinstance(child, tuple) else (child,):
-            yield from _twice(part, seen)
+def headline(file: Path) -> str:
+    """The first sentence of a recipe's header."""
+    lines: list[str] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        lines.append(line.removeprefix("# "))
+    # Not "eq. 1": a sentence ends where the next word is a large one.
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(lines), maxsplit=1)[0]
+
+
+def _list() -> None:
+    console = Console()
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, file in known().items():
+        if file.parent.name == MODELS and file == next(f for f in known().values() if f.parent.name == MODELS):
+            table.add_section()
+        table.add_row(name, headline(file))
+    console.print(table)
+    console.print("\n[dim]a copy to edit:[/] lcprune recipes copy NAME [TARGET]", highlight=False)
+
+
+def _named(name: str) -> Path:
+    recipes = known()
+    stem = Path(name).name.removesuffix(".yaml")
+    if stem in recipes:
+        return recipes[stem]
+    near = get_close_matches(stem, recipes, 1)
+    raise InputError(
+        f"{name!r} is not a recipe{f', did you mean {near[0]}?' if near else ';'} the recipes are {', '.join(recipes)}."
+    )
+
+
+def _folder() -> Path:
+    package = Path(lcprune.__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}.")

@@ -1,39 +1,22 @@
 """`score`: every criterion over every layer, as a table, as JSON and as a picture."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lcprune import demo
+from lcprune import api, demo
 from lcprune.cli import bars, options, tables
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import RecipeCLI
 from lcprune.delivery import pictures
 from lcprune.errors import InputError
 from lcprune.files import write_bytes, write_text
-from lcprune.merging.calibration import Calibration
-from lcprune.merging.criteria import (
-    AngularDistance,
-    BlockInfluence,
-    Criterion,
-    OutputSimilarity,
-    TrialPerplexity,
-    score_all,
-)
-from lcprune.merging.gradients import Magnitude, Taylor
-from lcprune.merging.heatmaps import state_cosines, weight_distances
 
-CRITERIA: tuple[Criterion, ...] = (
-    BlockInfluence(),
-    AngularDistance(),
-    AngularDistance(span=2),
-    OutputSimilarity(),
-    TrialPerplexity(),
-    Magnitude(),
-    Taylor(),
-)
-"""Every criterion there is; the angle over two layers is CoMe's score of a pair."""
+EXAMPLES = """an example:
+  lcprune score --config recipes/shortgpt.yaml --data.path my.jsonl --out scores
+"""
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -44,6 +27,7 @@ def run(command: str, arguments: list[str]) -> None:
         arguments,
         ("--out", Path, "Folder for scores.json and scores.png, or a .json file for the scores without a picture."),
         *options.LOADING,
+        examples=EXAMPLES,
     )
     options.check_loading(own)
     table, picture = _targets(own.out)
@@ -75,23 +59,7 @@ def _targets(out: Path | None) -> tuple[Path | None, Path | None]:
 
 def _measured(model: PreTrainedModel, cli: RecipeCLI) -> pictures.Scores:
     """Everything there is to score, on the recipe's calibration text."""
-    calibration = Calibration(model, cli.datamodule.calibration_batches())
+    batches = cli.datamodule.calibration_batches()
     with bars.shown():
-        tokens = calibration.stats(1, 2).tokens  # one pass for all criteria that look at the stream
-        cosines = state_cosines(model, calibration.batches).tolist()
-        distances = weight_distances(model)
-        columns = score_all(CRITERIA, calibration)
-    return pictures.Scores(
-        model=demo.public_name(cli.model.teacher_name),
-        dtype=str(model.dtype).removeprefix("torch."),
-        tokens=tokens,
-        criteria=dict(zip(map(_name, CRITERIA), columns, strict=True)),
-        weights=distances,
-        cosines=tuple(map(tuple, cosines)),
-    )
-
-
-def _name(criterion: Criterion) -> str:
-    """The class, and the arguments where they are not the defaults."""
-    kind = type(criterion)
-    return kind.__name__ if criterion == kind() else repr(criterion)
+        scores = api.score(model, batches)
+    return replace(scores, model=demo.public_name(cli.model.teacher_name))

@@ -6,7 +6,7 @@ recipe.yaml. What can be known to fail is refused before weights are loaded.
 
 import json
 import sys
-from argparse import _SubParsersAction
+from argparse import RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcprune import __version__, demo
-from lcprune.cli import named, recipes, tables
+from lcprune.cli import named, recipe_files, tables
 from lcprune.cli.bars import TrainingBar
 from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
 from lcprune.cli.quiet import quieten
@@ -52,6 +52,22 @@ KEYWORDS = ("last", "best", "hpc", "registry")
 """What Lightning takes for a `ckpt_path` beside a path."""
 STUDENT = "student"
 """Folder of the exported student inside a run folder."""
+_OF_A_RUN = "an example:\n  lcprune {} --config recipes/shortgpt.yaml --ckpt_path runs/shortgpt/checkpoints/last.ckpt\n"
+EXAMPLES = {
+    "fit": """examples:
+  lcprune fit --config recipes/quickstart.yaml
+  lcprune fit --config recipes/come.yaml --config recipes/models/llama-3.2-1b.yaml --data.path my.jsonl
+  lcprune fit --config recipes/come.yaml --ckpt_path runs/come/checkpoints/last.ckpt        # goes on with a run
+  lcprune fit --config recipes/recover.yaml --model.student short --data.path my.jsonl
+  lcprune plan --config recipes/come.yaml                                                   # what it would do
+""",
+    **{command: _OF_A_RUN.format(command) for command in ("validate", "test", "predict")},
+}
+"""What the help of every command ends with."""
+
+
+class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's, with examples as they were written."""
 
 
 class Parser(LightningArgumentParser):
@@ -85,7 +101,7 @@ class RecipeCLI(LightningCLI):
         """
         self.export_to: Path | None = None
         self.record: checkpoint.Record | None = None
-        recipes.check_all(arguments)
+        recipe_files.check_all(arguments)
         with _argv(arguments):
             super().__init__(
                 DistillationModule,
@@ -94,12 +110,14 @@ class RecipeCLI(LightningCLI):
                 trainer_defaults={"enable_model_summary": False},
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
+                parser_kwargs={command: {"epilog": text} for command, text in EXAMPLES.items()} if run else {},
                 run=run,
             )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Our parser for the command and every subcommand (lightning 2.5 has no argument for it)."""
         kwargs.setdefault("dump_header", [f"lcprune=={__version__}", f"lightning=={lightning.__version__}"])
+        kwargs.setdefault("formatter_class", _Help)
         parser = Parser(**kwargs)
         parser.add_argument(
             "-c", "--config", action=ActionConfigFile, help="A recipe; later ones override earlier ones."

@@ -55,6 +55,20 @@ def check(trainer: Trainer, trained: Sequence[Trained]) -> None:
             )
 
 
+def refuse(trainer: Trainer, why: str) -> None:
+    """Raises InputError where there are averages at all.
+
+    Args:
+        trainer: With its callbacks.
+        why: They cannot follow a merge, as the middle of a sentence.
+    """
+    for callback in _callbacks(trainer):
+        raise InputError(
+            f"trainer.callbacks: {type(callback).__name__} follows the merges of an lcprune.DistillationModule, {why}: "
+            "remove it."
+        )
+
+
 def begin(trainer: Trainer) -> None:
     """Leaves buffers out of the averages: they are constants, and an average of equal numbers is not always theirs."""
     for average in _averages(trainer):

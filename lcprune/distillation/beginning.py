@@ -4,7 +4,7 @@ history.json in its folder      the lineage: which teacher layers every layer ca
 config, safetensors             the weights; those equal to the teacher's stay one copy with them
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,16 @@ from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.lineage import HISTORY, MergeHistory
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a merged student is repaired towards."""
+
+    model: PreTrainedModel
+    """A model that the student descends from."""
+    history: MergeHistory
+    """The merges that led from it to the student as it stands."""
 
 
 def history_of(folder: Path, teacher: str, depth: int) -> MergeHistory:

@@ -19,8 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lcprune.distillation import adapters, averaging, beforehand, companions, optim, sharded, stages
+from lcprune.distillation import adapters, averaging, beforehand, companions, guests, optim, sharded, stages
 from lcprune.distillation.beforehand import CalibrationSource
+from lcprune.distillation.guests import Guest, Shortened
 from lcprune.distillation.merges import measure as measure
 from lcprune.distillation.merges import merge, planning, shown
 from lcprune.distillation.module import DistillationModule
@@ -80,9 +81,11 @@ class ProgressiveCollapse(Callback):
         others = [other for other in trainer.callbacks if isinstance(other, ProgressiveCollapse)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise InputError("trainer.callbacks holds ProgressiveCollapse beside the recipe's `collapse`: keep one.")
+        guests.welcome(pl_module)
         if stage != "fit" or self.schedule is None:
             return
-        self.check(trainer, _ours(pl_module))
+        if not guests.model_comes_later(pl_module):
+            self.check(trainer, _ours(pl_module))
         if not isinstance(trainer.datamodule, CalibrationSource):  # type: ignore[attr-defined]
             raise InputError(
                 "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
@@ -91,7 +94,7 @@ class ProgressiveCollapse(Callback):
         if self.schedule.by_validation and not is_overridden("val_dataloader", trainer.datamodule):  # type: ignore[attr-defined]
             raise InputError(f"{self.schedule} looks at validations, and the data module has no val_dataloader().")
 
-    def check(self, trainer: Trainer, module: DistillationModule) -> None:
+    def check(self, trainer: Trainer, module: Shortened) -> None:
         """Raises InputError for what can be known before text is read or a folder made."""
         beforehand.check_strategy(trainer.strategy, module.phases, module.train_usually)
         averaging.check(trainer, [phase.trained(module.train_usually) for phase in module.phases])
@@ -100,7 +103,9 @@ class ProgressiveCollapse(Callback):
         beforehand.check_trains(module.phases, module.train_usually, module.begun.lineage, first_merge)
         if self.schedule is None:
             return
-        optim.check(beforehand.try_out(module.make_optimizer, module.make_scheduler))
+        if isinstance(module, Guest):
+            self._check_guest(trainer, module)
+        module.check_optimizer()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.schedule.check(depth, trainer.max_steps)
         if self.schedule.by_validation and trainer.limit_val_batches == 0:
@@ -112,7 +117,22 @@ class ProgressiveCollapse(Callback):
         check_merges(trainer.strategy)
         companions.check(trainer)
 
-    def _check_methods(self, module: DistillationModule) -> None:
+    def _check_guest(self, trainer: Trainer, module: Guest) -> None:
+        """What only DistillationModule has all that it takes for."""
+        whose = f"and this run trains a {type(module.module).__name__}"
+        if self.schedule is not None and self.schedule.by_validation:
+            raise InputError(
+                f"{self.schedule} looks at validations of lcprune.DistillationModule, {whose}: merge at steps or "
+                "tokens that are known (Evenly, ByTokens)."
+            )
+        if is_sharding(trainer.strategy):
+            raise InputError(
+                f"trainer.strategy={type(trainer.strategy).__name__} merges layers of an lcprune.DistillationModule, "
+                f"{whose}: use one device or ddp."
+            )
+        averaging.refuse(trainer, whose)
+
+    def _check_methods(self, module: Shortened) -> None:
         """Planners, operators and refits against the model and the depths that are asked of them."""
         assert self.schedule is not None
         depth, layout = module.begun.depth, layout_of(module.teacher_config)
@@ -157,6 +177,9 @@ class ProgressiveCollapse(Callback):
         A checkpoint may stem from between an optimizer step and its merge (an exception, a signal of the cluster).
         """
         module, steps = _ours(pl_module), optimizer_steps(trainer)
+        if isinstance(module, Guest):
+            self.check(trainer, module)
+            module.continue_randomness()
         last = 0 if self.schedule is None else last_known(self.schedule.deadlines(module.begun.depth))
         if self.schedule is not None and steps <= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
@@ -182,17 +205,20 @@ class ProgressiveCollapse(Callback):
             )
         self._check_cache(trainer.global_step, module)
         self._merge_if_due(trainer, module)
-        if module.standing.pending:  # the run was stopped between a checkpoint and the validation behind it
+        if module.standing.pending and isinstance(
+            module, DistillationModule
+        ):  # the run was stopped between a checkpoint and the validation behind it
+            assert isinstance(module, DistillationModule)
             module.standing.validated(shown(trainer, module)[JUDGE])
         self._look_ahead(trainer, module)
 
-    def _check_cache(self, step: int, module: DistillationModule) -> None:
+    def _check_cache(self, step: int, module: Shortened) -> None:
         """Refuses a teacher cache that a later merge would find wanting; the module looks at the present lineage."""
         lineages = self.foresee(module, step)
         if lineages is not None or any(at > step for at, _ in self._ahead(module, step)):
             module.check_cache(lineages)
 
-    def foresee(self, module: DistillationModule, step: int = 0) -> list[Lineage] | None:
+    def foresee(self, module: Shortened, step: int = 0) -> list[Lineage] | None:
         """Every lineage that is trained from an optimizer step on; None where only planning will tell.
 
         Args:
@@ -209,7 +235,7 @@ class ProgressiveCollapse(Callback):
             lineages.append(lineage := after)
         return lineages
 
-    def _ahead(self, module: DistillationModule, step: int) -> list[Deadline]:
+    def _ahead(self, module: Shortened, step: int) -> list[Deadline]:
         deadlines = () if self.schedule is None else self.schedule.deadlines(module.begun.depth)
         return [(at, depth) for at, depth in deadlines if at >= step and depth < module.history.depth]
 
@@ -240,9 +266,11 @@ class ProgressiveCollapse(Callback):
         if self._counts_validations(module):
             module.standing.validated(trainer.strategy.broadcast(value.item(), 0))
 
-    def _counts_validations(self, module: DistillationModule) -> bool:
+    def _counts_validations(self, module: Shortened) -> bool:
         """Only in the last phase, which a run is for, is there anything to recover."""
-        return self.schedule is not None and self.schedule.by_validation and module.now.phase is module.phases[-1]
+        if self.schedule is None or not self.schedule.by_validation or isinstance(module, Guest):
+            return False
+        return module.now.phase is module.phases[-1]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where the student has not become as short as the schedule wanted."""
@@ -255,12 +283,12 @@ class ProgressiveCollapse(Callback):
             why = f"; the merges tried at step {refused} cost more than collapse.max_perplexity_jump" if refused else ""
             rank_zero_warn(f"collapse: the run ends with {depth} layers, its schedule with {target}{why}")
 
-    def _look_ahead(self, trainer: Trainer, module: DistillationModule) -> None:
+    def _look_ahead(self, trainer: Trainer, module: Shortened) -> None:
         """Tells the module when, at the latest, the next merge comes, which ends its phases."""
         ahead = (int(at) for at, _ in self._ahead(module, trainer.global_step + 1) if at < inf)
         module.next_merge = next(ahead, None)
 
-    def _merge_if_due(self, trainer: Trainer, module: DistillationModule) -> None:
+    def _merge_if_due(self, trainer: Trainer, module: Shortened) -> None:
         step, standing = trainer.global_step, module.standing
         if self.schedule is None or standing.asked[0] == step:
             return
@@ -279,7 +307,7 @@ class ProgressiveCollapse(Callback):
             last, _ = self.schedule.milestones(module.begun.depth)[-1]
             beforehand.warn_of_tokens(last, facts.tokens, optimizer_steps(trainer))
 
-    def agreed_plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
+    def agreed_plan(self, trainer: Trainer, module: Shortened, target: int) -> tuple[MergeStep, ...]:
         """Rank 0's plan, on every rank; a mistake that it finds is raised on every rank too."""
         plan: MergeHistory | InputError | None = None
         # Of a sharded teacher every layer is gathered from all ranks: all of them plan, and rank 0 is right.
@@ -295,11 +323,10 @@ class ProgressiveCollapse(Callback):
         _compare(trainer, plan.digest)
         return plan.steps
 
-    def _plan(self, trainer: Trainer, module: DistillationModule, target: int) -> tuple[MergeStep, ...]:
-        assert module.teacher is not None
+    def _plan(self, trainer: Trainer, module: Shortened, target: int) -> tuple[MergeStep, ...]:
         source = trainer.datamodule  # type: ignore[attr-defined]
         calibration = Calibration(
-            module.student, source.calibration_batches(), original=module.teacher.model, history=module.history
+            module.student, source.calibration_batches(), original=module.original, history=module.history
         )
         method = self.method(target)
         with planning(trainer), sharded.whole(module.student), adapters.plain(module.student):
@@ -307,10 +334,8 @@ class ProgressiveCollapse(Callback):
         return tuple(replace(step, global_step=trainer.global_step) for step in steps)
 
 
-def _ours(module: LightningModule) -> DistillationModule:
-    if not isinstance(module, DistillationModule):
-        raise InputError(f"ProgressiveCollapse trains a DistillationModule, not a {type(module).__name__}.")
-    return module
+def _ours(module: LightningModule) -> Shortened:
+    return module if isinstance(module, DistillationModule) else Guest(module)
 
 
 def _compare(trainer: Trainer, digest: str) -> None:

@@ -43,7 +43,7 @@ FINGERPRINT = (
 META = "meta.pt"
 """What of a distributed checkpoint, which is a folder, is not cut into shards; Lightning's name."""
 PREFIX = "student."
-"""What the student's tensors are called in a checkpoint's state dict, before their own names."""
+"""What the tensors of DistillationModule's student are called in a state dict, before their own names."""
 
 Fingerprint = dict[str, object]
 
@@ -66,6 +66,8 @@ class Record:
     """Packed weights that the teacher's folder does not have, by module."""
     standing: Mapping[str, object] = field(default_factory=dict)
     """Where the run stood, as `Standing.to_dict`; empty = in a checkpoint from before it was kept."""
+    prefix: str = PREFIX
+    """What the student's tensors are called in the state dict, before their own names."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for a checkpoint."""
@@ -77,6 +79,7 @@ class Record:
             "lora": self.lora,
             "packed": self.packed,
             "standing": dict(self.standing),
+            "prefix": self.prefix,
         }
 
     @classmethod
@@ -88,7 +91,11 @@ class Record:
         history = MergeHistory.from_dict(record["history"])
         plain = cls(history, dict(record["fingerprint"]), record["dtype"], tuple(record["rng"]))
         return replace(
-            plain, lora=record.get("lora"), packed=record.get("packed", {}), standing=record.get("standing", {})
+            plain,
+            lora=record.get("lora"),
+            packed=record.get("packed", {}),
+            standing=record.get("standing", {}),
+            prefix=record.get("prefix", PREFIX),
         )
 
     def check_fits(self, teacher: str, fingerprint: Fingerprint) -> None:
@@ -152,7 +159,9 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     mend_config(config, record.history.steps)
     weights = checkpoint["state_dict"]
     assert isinstance(weights, Mapping)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
+    tensors = {
+        name.removeprefix(record.prefix): tensor for name, tensor in weights.items() if name.startswith(record.prefix)
+    }
     dtype = next(iter(tensors.values())).dtype  # bf16-true trains in another one than model.dtype
     lora = None if record.lora is None else Lora(**record.lora)  # type: ignore[arg-type]
     if lora is not None and lora.base != "full":

@@ -18,6 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lcprune.distillation import adapters, averaging, companions, optim, sharded
+from lcprune.distillation.beginning import Reference
+from lcprune.distillation.guests import Shortened
 from lcprune.distillation.metrics import HeldOut
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.standing import BEFORE, JUDGE
@@ -26,7 +28,7 @@ from lcprune.distillation.undo import Undo
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
 from lcprune.merging.calibration import Batch, Calibration
-from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import from_spec
 from lcprune.merging.refit import repair
 from lcprune.merging.remeasure import measure_activity
@@ -37,7 +39,7 @@ from lcprune.merging.within import calibration_perplexity
 
 def merge(
     trainer: Trainer,
-    module: DistillationModule,
+    module: Shortened,
     steps: Sequence[MergeStep],
     max_jump: float | None = None,
     by_validation: bool = False,
@@ -53,7 +55,7 @@ def merge(
     """
     wanted = max_jump is not None or _needs_text(steps)
     batches = trainer.datamodule.calibration_batches() if wanted else ()  # type: ignore[attr-defined]
-    before = shown(trainer, module) if by_validation else {}
+    before = shown(trainer, module) if by_validation and isinstance(module, DistillationModule) else {}
     with sharded.whole(module.student) as shards, adapters.plain(module.student) as adapted:
         undo = None if max_jump is None else Undo(module, lambda: _perplexity(trainer, module, batches), max_jump)
         executed = _execute(trainer, module, steps, batches)
@@ -78,11 +80,10 @@ class _Executed:
     added: dict[str, torch.Tensor]
 
 
-def _execute(
-    trainer: Trainer, module: DistillationModule, steps: Sequence[MergeStep], batches: Sequence[Batch]
-) -> _Executed:
+def _execute(trainer: Trainer, module: Shortened, steps: Sequence[MergeStep], batches: Sequence[Batch]) -> _Executed:
     """Merges and refits the student; the history says so, nobody else knows yet."""
-    before, outcomes, chosen = module.history, list[Outcome](), list[Sequence[torch.Tensor]]()
+    reference = module.reference() if steps[-1].refit is not None else None
+    outcomes, chosen = list[Outcome](), list[Sequence[torch.Tensor]]()
 
     def activity(wanted: Sequence[int]) -> Sequence[Activity]:
         with planning(trainer):
@@ -96,17 +97,15 @@ def _execute(
         chosen.append([parameter.data for parameter in outcomes[-1].merged] if chooses else ())
         module.history = module.history.append(step)
     added = {}
-    if batches and steps[-1].refit is not None:
+    if reference is not None:
         merged = {name: parameter.data for name, parameter in module.student.named_parameters()}
-        _repair(trainer, module, batches, before)
+        _repair(trainer, module, batches, reference, steps)
         if averaging.copies(trainer):
             added = averaging.added(merged, module.student)
     return _Executed(module.history.depth, outcomes, chosen, added)
 
 
-def _bring_along(
-    trainer: Trainer, module: DistillationModule, executed: _Executed, outcomes: Sequence[Outcome]
-) -> None:
+def _bring_along(trainer: Trainer, module: Shortened, executed: _Executed, outcomes: Sequence[Outcome]) -> None:
     """Optimizers, averages, learning rates, callbacks and strategy follow a merge that is kept."""
     steps = module.history.steps[-len(executed.outcomes) :]
     for copy in averaging.copies(trainer):
@@ -127,12 +126,13 @@ def _needs_text(steps: Sequence[MergeStep]) -> bool:
     return any(step.refit is not None or from_spec(step.operator).needs_activity for step in steps)
 
 
-def _repair(trainer: Trainer, module: DistillationModule, batches: Sequence[Batch], before: MergeHistory) -> None:
-    """Refits the merged student to the teacher; the optimizer's state of layers that did not merge stays."""
-    assert module.teacher is not None
-    text = regrouped(batches)
+def _repair(
+    trainer: Trainer, module: Shortened, batches: Sequence[Batch], reference: Reference, steps: Sequence[MergeStep]
+) -> None:
+    """Refits the merged student; the optimizer's state of layers that did not merge stays."""
+    text, before = regrouped(batches), reference.history
     with planning(trainer):
-        repair(Stream(module.student, text), Stream(module.teacher.model, text), module.history, before)
+        repair(Stream(module.student, text), Stream(reference.model, text), before.extend(steps), before)
     _share(module.student.parameters())
 
 
@@ -169,15 +169,15 @@ def shown(trainer: Trainer, module: DistillationModule) -> dict[str, float]:
     return trainer.strategy.broadcast(figures, 0)
 
 
-def _perplexity(trainer: Trainer, module: DistillationModule, batches: Sequence[Batch]) -> float:
+def _perplexity(trainer: Trainer, module: Shortened, batches: Sequence[Batch]) -> float:
     """On the calibration text; rank 0's counts."""
     with planning(trainer):
         return trainer.strategy.broadcast(calibration_perplexity(Calibration(module.student, batches)), 0)
 
 
-def _note_measurement(trainer: Trainer, module: DistillationModule, others: Mapping[str, float]) -> None:
+def _note_measurement(trainer: Trainer, module: Shortened, others: Mapping[str, float]) -> None:
     """Writes what the merge did to the student into the last step of the history, and into the log."""
-    figures = shown(trainer, module)
+    figures = shown(trainer, module) if isinstance(module, DistillationModule) else {}
     last = module.history.steps[-1]
     steps = (*module.history.steps[:-1], replace(last, measured={**others, **figures}))
     module.history = replace(module.history, steps=steps)

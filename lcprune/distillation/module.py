@@ -20,12 +20,23 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from lcprune import demo, weights
-from lcprune.distillation import adapters, averaging, beforehand, beginning, objectives, quantized, recall, sharded
+from lcprune.distillation import (
+    adapters,
+    averaging,
+    beforehand,
+    beginning,
+    objectives,
+    optim,
+    quantized,
+    recall,
+    sharded,
+)
 from lcprune.distillation import phases as phases_room
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
 from lcprune.distillation.accumulation import TokenWindow
 from lcprune.distillation.adapters import Lora
+from lcprune.distillation.beginning import Reference
 from lcprune.distillation.boundary import StepBoundary
 from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
 from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of, read
@@ -36,7 +47,7 @@ from lcprune.distillation.optim import Rewarming
 from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
-from lcprune.distillation.randomness import RngState, restore_rng_state
+from lcprune.distillation.randomness import RngState, restore_rng_state, states_of_ranks
 from lcprune.distillation.standing import Standing
 from lcprune.distillation.strategies import clip_gradients, is_sharding, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
@@ -232,12 +243,7 @@ class DistillationModule(Evaluated):
         layout = layout_of(self.teacher_config)
         if self.lora is not None:
             self.lora.check(self.teacher_config)
-        mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
-        model, student = load_pair(self.teacher_name, mine, theirs, device)
-        self._prefix_is_original = mine.packed == theirs.packed
-        if self.student_folder is not None:
-            same = beginning.take_over(student, self.student_folder, self.begun, self.weights_dtype)
-            self._prefix_is_original &= same
+        model, student = self.load_models(device)
         if sharding:
             self._resume_depth(student)
         student.train()
@@ -287,6 +293,30 @@ class DistillationModule(Evaluated):
         student.tie_weights()
         teacher_room.cast(student, dtype)
         self.teacher, self.student = Teacher(model), student
+
+    def load_models(self, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """The original, and the student as it begins."""
+        mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
+        model, student = load_pair(self.teacher_name, mine, theirs, device)
+        self._prefix_is_original = mine.packed == theirs.packed
+        if self.student_folder is not None:
+            same = beginning.take_over(student, self.student_folder, self.begun, self.weights_dtype)
+            self._prefix_is_original &= same
+        return model, student
+
+    @property
+    def original(self) -> PreTrainedModel:
+        """The teacher's model, which planners compare with."""
+        assert self.teacher is not None, "configure_model has not run"
+        return self.teacher.model
+
+    def reference(self) -> Reference:
+        """The teacher, which a refit of the student aims at."""
+        return Reference(self.original, self.history)
+
+    def check_optimizer(self) -> None:
+        """Raises InputError for an optimizer or a scheduler that cannot be brought across a merge."""
+        optim.check(beforehand.try_out(self.make_optimizer, self.make_scheduler))
 
     def choose_trained(self) -> None:
         """Makes trainable what the phase that is on, and the merges so far, say; after a merge it has to be asked."""
@@ -395,12 +425,8 @@ class DistillationModule(Evaluated):
         step = self.trainer.global_step
         self.boundary.rewind(checkpoint, step)
         check_weights(self.student.named_parameters(), step)
-        states: list[RngState] = [self.boundary.random_state(step)]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = states * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, self.boundary.random_state(step))
-        standing = self.standing.to_dict()
-        record = Record(self.history, self.fingerprint, self.weights_dtype, tuple(states), standing=standing)
+        states, standing = states_of_ranks(self.boundary.random_state(step)), self.standing.to_dict()
+        record = Record(self.history, self.fingerprint, self.weights_dtype, states, standing=standing)
         if self.lora is not None:
             # What is still packed as it was loaded is loaded again.
             weights = checkpoint["state_dict"]

@@ -30,6 +30,15 @@ def rng_state() -> RngState:
     }
 
 
+def states_of_ranks(own: RngState) -> tuple[RngState, ...]:
+    """The state of every rank, in order, from that of this one; all ranks have to ask."""
+    states = [own]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        states = states * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, own)
+    return tuple(states)
+
+
 def restore_rng_state(state: RngState) -> None:
     """Puts back what `rng_state` returned; GPUs only where their number is the same."""
     version, internal, gauss_next = state["python"]

@@ -9,7 +9,7 @@ along only once a merge is kept.
 
 from collections.abc import Callable
 
-from lcprune.distillation.module import DistillationModule
+from lcprune.distillation.guests import Shortened
 from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.within import MEASURED
@@ -21,7 +21,7 @@ STUDENT = "calibration/perplexity_before_merge"
 class Undo:
     """A student before a merge, and how much the merge may cost."""
 
-    def __init__(self, module: DistillationModule, perplexity: Callable[[], float], max_jump: float) -> None:
+    def __init__(self, module: Shortened, perplexity: Callable[[], float], max_jump: float) -> None:
         """Measures the student and remembers it.
 
         Args:

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lcprune.cli import recipes
+from lcprune.cli import recipe_files
 from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.errors import InputError
 from tests.cli.recipe import recipe, text_file
@@ -97,6 +97,6 @@ def test_any_file_is_a_recipe_or_refused(tmp_path: Path, content: str | bytes):
     path = tmp_path / "any.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     try:
-        recipes.check(path)
+        recipe_files.check(path)
     except InputError as error:
         assert "\n" not in str(error)  # noqa: PT017

@@ -285,7 +285,7 @@ def test_fixed_plan_in_stages_may_name_the_teachers_last_layers_at_every_stage(f
 
 def test_other_modules_are_refused(tmp_path: Path):
     trainer = runs.trainer_for(tmp_path, runs.two_merges())
-    with pytest.raises(InputError, match="not a LightningModule"):
+    with pytest.raises(InputError, match="LightningModule, which has none"):
         runs.two_merges().setup(trainer, LightningModule(), "fit")
 
 

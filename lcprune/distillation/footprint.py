@@ -1,0 +1,281 @@
+"""What a training step holds in memory and how much it computes, from shapes alone.
+
+    weights of the teacher, and what of the student's is not the teacher's own memory
+  + gradients of the step before, which live until the next backward pass begins
+  + the optimizer's state
+  + activations that the backward pass needs
+  + the teacher's states that the student is held to
+  + the loss: logits of a chunk, the gradient of the output layer
+  = what is held between loss and backward pass, when it is most
+
+Not in it: libraries, the allocator's holes, planning, refits and validation, and loading. Legend: `B` rows, `T` tokens,
+`D` hidden, `V` vocabulary, `C` tokens of a chunk.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import Parameter
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lcprune.distillation.adapters import Lora
+from lcprune.distillation.levels import Boundary, Labels, Level, Local, Logits, only
+from lcprune.distillation.losses import CHUNK
+from lcprune.distillation.pair import Storage
+from lcprune.distillation.quantized import BLOCK
+from lcprune.distillation.tracing import LayerCost, Shape
+from lcprune.distillation.trained import BESIDE_PREFIX, Trained, trained_layers, trained_parameters, trains_adapters
+from lcprune.merging.architectures import layout_of
+from lcprune.merging.budget import on_meta
+from lcprune.merging.lineage import Lineage
+
+FLOAT = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device between loss and backward pass."""
+
+    teacher: int
+    """The original's weights."""
+    student: int
+    """The student's weights that are not the teacher's own memory; adapters."""
+    gradients: int
+    """One per trained Parameter; twice under DDP, whose buckets are as large."""
+    optimizer: int
+    """What the optimizer keeps per trained Parameter."""
+    activations: int
+    """What the backward pass needs, copies of weights in the type of the products included."""
+    states: int
+    """What the teacher's pass leaves for the loss."""
+    loss: int
+    """Logits of a chunk of tokens, and the output layer's gradient."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a run trains, as far as it decides memory and work."""
+
+    config: PretrainedConfig
+    """The teacher's."""
+    shape: Shape
+    """The batch of one device."""
+    layer: LayerCost
+    """Of one layer, for this batch."""
+    student: Storage
+    """How the student's weights are held."""
+    teacher: Storage
+    """How the teacher's are."""
+    trained_dtype: torch.dtype
+    """What is trained is held in this."""
+    optimizer: float
+    """Bytes of state per trained Parameter's element."""
+    lora: Lora | None
+    """Adapters."""
+    recompute: bool
+    """Whether layers are run again on the way back instead of keeping what they saved."""
+    cached: bool
+    """Whether the teacher's answers come from a cache; its weights stay in memory for validation and planning."""
+    gradient_copies: int = 1
+    """2 under DDP."""
+
+
+@dataclass(frozen=True)
+class At:
+    """Where in a run: which student trains how."""
+
+    depth: int
+    """The student's layers."""
+    levels: Sequence[Level]
+    """What is optimized."""
+    train: Trained
+    """Which Parameters are trained."""
+    lineage: Lineage | None
+    """Teacher layers of every layer; None = only planning will tell."""
+
+    @property
+    def at_most(self) -> bool:
+        """Whether less may be trained than is counted, because nobody knows yet which layers merge."""
+        return self.lineage is None and self.train in BESIDE_PREFIX
+
+    @property
+    def alone(self) -> bool:
+        """Whether every merged layer learns alone."""
+        return all(isinstance(level, Local) for level in self.levels)
+
+    @property
+    def first(self) -> int:
+        """The first layer that the backward pass reaches."""
+        if self.train not in BESIDE_PREFIX or self.lineage is None:
+            return 0
+        return min(trained_layers(self.train, self.lineage), default=self.depth)
+
+    def merged(self, teacher_depth: int) -> int:
+        """How many layers descend from several, at most."""
+        if self.lineage is None:
+            return min(self.depth, teacher_depth - self.depth)
+        return sum(len(ancestors) > 1 for ancestors in self.lineage)
+
+
+def model_of_depth(config: PretrainedConfig, depth: int) -> PreTrainedModel:
+    """A student of that depth with shapes and no weights."""
+    config = copy.deepcopy(config)
+    layout_of(config).keep_layers(config, list(range(depth)))
+    return on_meta(config)
+
+
+def state_bytes(make_optimizer: OptimizerCallable, dtype: torch.dtype) -> float:
+    """What an optimizer keeps per trained element, in bytes; found by one step on a few of them."""
+    parameter = Parameter(torch.zeros(64, 64, dtype=dtype))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = make_optimizer(iter([parameter]))
+    if type(optimizer).__name__.endswith("8bit"):  # two states of one byte; its kernels may want a GPU
+        return 2.0
+    optimizer.step()
+    kept = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor) and value.numel() > 1]
+    return sum(value.nbytes for value in kept) / parameter.numel()
+
+
+def trained_elements(student: PreTrainedModel, at: At, lora: Lora | None) -> int:
+    """How many numbers are trained; where only planning will tell, as many as it can be at most."""
+    lineage = at.lineage if at.lineage is not None else tuple((index,) for index in range(at.depth))
+    what: Trained = at.train if not at.at_most else ("lora" if trains_adapters(at.train) else "layers")
+    if trains_adapters(what):
+        return _adapters(student, len(trained_layers(what, lineage)), lora or Lora())
+    return sum(parameter.numel() for parameter in trained_parameters(student, what, lineage))
+
+
+def memory(step: Step, at: At) -> Memory:
+    """What a step holds at a point of a run."""
+    teacher = on_meta(step.config)
+    depth = len(layout_of(step.config).layers_of(teacher))
+    student = model_of_depth(step.config, at.depth)
+    trained = trained_elements(student, at, step.lora)
+    bytes_trained = trained * (FLOAT if trains_adapters(at.train) else step.trained_dtype.itemsize)
+    return Memory(
+        teacher=_weights(teacher, step.teacher),
+        student=_own(student, step, at, trained),
+        gradients=bytes_trained * step.gradient_copies,
+        optimizer=int(trained * step.optimizer),
+        activations=_activations(step, at, depth),
+        states=_states(step, at, depth),
+        loss=_loss(step, at),
+    )
+
+
+def unpacked(step: Step, depth: int) -> int:
+    """Bytes that a packed student takes more for as long as its layers merge, in the type of its products."""
+    if step.student.packed is None:
+        return 0
+    student = model_of_depth(step.config, depth)
+    packed = _projections(student)
+    elements = sum(parameter.numel() for parameter in student.parameters() if id(parameter) in packed)
+    return elements * getattr(torch, step.student.dtype).itemsize
+
+
+def operations(step: Step, at: At) -> int:
+    """Floating-point operations of a batch on one device, forward and backward; of planning and validation none."""
+    one, depth = step.layer.flops, layout_of(step.config).depth_of(step.config)
+    heads = 2 * step.shape.rows * step.shape.length * _head(step.config)
+    backward = 1 if trains_adapters(at.train) else 2  # towards the states, and towards the weights
+    taught = not step.cached and any(not isinstance(level, Labels) for level in at.levels)
+    if at.alone:
+        return taught * depth * one + at.merged(depth) * (1 + backward + step.recompute) * one
+    reached = at.depth - at.first
+    layers = taught * depth + at.depth + reached * (backward + step.recompute)
+    logits = taught and only(at.levels, Logits) is not None
+    return layers * one + heads * (2 + (at.train == "all") + logits)
+
+
+def _head(config: PretrainedConfig) -> int:
+    """Elements of the output layer, V * D."""
+    text = config.get_text_config()
+    return text.vocab_size * text.hidden_size
+
+
+def _projections(model: PreTrainedModel) -> set[int]:
+    """Identities of the weights that packing packs."""
+    layers = layout_of(model.config).layers_of(model)
+    return {id(module.weight) for module in layers.modules() if isinstance(module, nn.Linear)}
+
+
+def _bytes(parameter: Tensor, storage: Storage, packed: bool) -> int:
+    if packed and storage.packed == "nf4":
+        return parameter.numel() // 2 + parameter.numel() // BLOCK * FLOAT
+    if packed and storage.packed == "int8":
+        return parameter.numel() + len(parameter) * FLOAT
+    return parameter.numel() * getattr(torch, storage.dtype).itemsize
+
+
+def _weights(model: PreTrainedModel, storage: Storage) -> int:
+    packed = _projections(model)
+    return sum(_bytes(parameter, storage, id(parameter) in packed) for parameter in model.parameters())
+
+
+def _own(student: PreTrainedModel, step: Step, at: At, trained: int) -> int:
+    """Weights of the student that are no memory of the teacher's, and adapters."""
+    packed = _projections(student)
+    if trains_adapters(at.train):
+        chosen: set[int] = set()
+        own = _adapters(student, at.depth, step.lora or Lora()) * FLOAT
+    else:
+        lineage = at.lineage if at.lineage is not None else tuple((index,) for index in range(at.depth))
+        what: Trained = "layers" if at.at_most else at.train
+        chosen = {id(parameter) for parameter in trained_parameters(student, what, lineage)}
+        own = trained * step.trained_dtype.itemsize
+    for parameter in student.parameters():
+        inside = id(parameter) in packed
+        alike = step.student.dtype == step.teacher.dtype if not inside else step.student == step.teacher
+        if id(parameter) not in chosen and not alike:
+            own += _bytes(parameter, step.student, inside)
+    return own
+
+
+def _adapters(student: PreTrainedModel, layers: int, lora: Lora) -> int:
+    layout = layout_of(student.config)
+    layer = layout.layers_of(student)[0]
+    shapes = [layer.get_parameter(f"{name}.weight").shape for name in lora.projections(layout)]
+    return layers * sum(lora.rank * (shape[0] + shape[1]) for shape in shapes)
+
+
+def _activations(step: Step, at: At, teacher_depth: int) -> int:
+    reached = at.merged(teacher_depth) if at.alone else at.depth - at.first
+    outside = 0 if at.alone else step.layer.outside
+    if step.recompute:
+        return outside + reached * step.layer.state + min(reached, 1) * step.layer.saved
+    return outside + reached * step.layer.saved
+
+
+def _states(step: Step, at: At, teacher_depth: int) -> int:
+    """The teacher's last state and those that Boundary and Local look at."""
+    boundary = only(at.levels, Boundary)
+    held = 0 if boundary is None else at.depth if boundary.layers == "all" else at.merged(teacher_depth)
+    if only(at.levels, Local) is not None:
+        held = max(held, 2 * at.merged(teacher_depth))
+    held += only(at.levels, Logits) is not None
+    hidden = step.config.get_text_config().hidden_size
+    return held * step.shape.rows * step.shape.length * hidden * getattr(torch, step.teacher.dtype).itemsize
+
+
+def _loss(step: Step, at: At) -> int:
+    """As fused.py holds it: buffers [C, V], the heads in the type of the products, gradients of states and head."""
+    if only(at.levels, Logits) is None and only(at.levels, Labels) is None:
+        return 0
+    text, low = step.config.get_text_config(), step.shape.autocast
+    tokens = step.shape.rows * step.shape.length
+    buffers = 4 if only(at.levels, Logits) is not None and not step.cached else 2
+    product = 0 if low is None else low.itemsize
+    chunk = min(CHUNK, tokens) * text.vocab_size * (buffers * FLOAT + product)
+    head = _head(step.config)
+    cast = 0 if low is None or getattr(torch, step.student.dtype) == low else head * low.itemsize
+    return chunk + cast + tokens * text.hidden_size * FLOAT + head * FLOAT * (at.train == "all")

@@ -1,0 +1,130 @@
+"""The Python API: from a model to a shorter one that was taught by it, and scores as data."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import lcprune
+from lcprune import BlockInfluence, Evenly, InputError, MergeHistory, ProgressiveCollapse, TextDataModule
+from lcprune.delivery.export import export
+from lcprune.merging.lineage import HISTORY
+from tests.builders import tiny_llama, tiny_tokenizer
+from tests.cli.recipe import text_file
+from tests.distillation.runs import equal, weights_of
+
+
+@pytest.fixture
+def text(tiny_folder: Path, tmp_path: Path) -> TextDataModule:
+    return TextDataModule(tokenizer=str(tiny_folder), path=text_file(tmp_path), block_size=32, batch_size=2)
+
+
+def shortened(text: TextDataModule) -> tuple[PreTrainedModel, MergeHistory]:
+    model = AutoModelForCausalLM.from_pretrained(text.tokenizer)
+    return model, lcprune.collapse(model, text.calibration_batches(), target_depth=4)
+
+
+def test_score_has_a_number_for_every_layer_and_leaves_the_model_alone(text: TextDataModule):
+    model = tiny_llama()
+    before = weights_of(model)
+    scores = lcprune.score(model, text.calibration_batches(), criteria=(BlockInfluence(),))
+    assert list(scores.criteria) == ["BlockInfluence"]
+    assert len(scores.criteria["BlockInfluence"]) == scores.layers == 6
+    assert equal(weights_of(model), before)
+
+
+def test_distill_returns_the_model_it_was_given_trained(text: TextDataModule):
+    model, history = shortened(text)
+    before = weights_of(model)
+    student, after = lcprune.distill(model, text.tokenizer, text, history=history, steps=2)
+    assert student is model
+    assert not student.training
+    assert after.lineage == history.lineage
+    assert not any(value.equal(before[name]) for name, value in weights_of(student).items())
+
+
+def test_distill_leaves_a_teacher_in_memory_as_it_was(text: TextDataModule):
+    teacher = AutoModelForCausalLM.from_pretrained(text.tokenizer).train()
+    model, history = shortened(text)
+    before = weights_of(teacher)
+    lcprune.distill(model, teacher, text, history=history, steps=1)
+    assert equal(weights_of(teacher), before)
+    assert teacher.training
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_distill_brings_the_student_nearer_to_its_teacher(text: TextDataModule):
+    teacher = AutoModelForCausalLM.from_pretrained(text.tokenizer)
+    model, history = shortened(text)
+
+    @torch.no_grad()
+    def distance() -> float:
+        batch = text.calibration_batches()[0]["input_ids"]
+        log_q, log_p = (each.eval()(batch).logits.log_softmax(-1) for each in (model, teacher))
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+    before = distance()
+    lcprune.distill(model, teacher, text, history=history, steps=10, learning_rate=1e-3)
+    assert distance() < 0.9 * before
+
+
+def test_distill_merges_meanwhile_and_its_history_says_so(text: TextDataModule):
+    collapse = ProgressiveCollapse(Evenly(4, merges=2, first=0, last=1))
+    student, history = lcprune.distill(text.tokenizer, text.tokenizer, text, collapse=collapse, steps=2)
+    assert len(student.model.layers) == history.depth == 4
+    assert [step.global_step for step in history.steps] == [0, 1]
+
+
+def test_distill_gives_back_the_dtype_it_was_given(text: TextDataModule):
+    model, history = shortened(text)
+    student, _ = lcprune.distill(model.to(torch.bfloat16), text.tokenizer, text, history=history, steps=1)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+
+
+def test_distill_takes_the_path_of_a_text_and_the_folder_of_a_student(text: TextDataModule, tmp_path: Path):
+    model, history = shortened(text)
+    export(model, tmp_path / "short", tokenizer=tiny_tokenizer(), history=history)
+    long = tmp_path / "long.txt"
+    long.write_text("layer merge teacher " * 1500)
+    student, after = lcprune.distill(tmp_path / "short", text.tokenizer, long, steps=1)
+    assert len(student.model.layers) == after.depth == 4
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda name, text: lcprune.distill(tiny_llama(4), name, text),
+            "has 4 layers, 6 by its history: give history=",
+        ),
+        (lambda name, text: lcprune.distill(tiny_llama(model_type="qwen3"), name, text), "model_type qwen3 and llama"),
+        (
+            lambda name, text: lcprune.distill(tiny_llama(4), name, text, history=MergeHistory(5)),
+            "history starts from 5 layers",
+        ),
+        (lambda name, text: lcprune.distill(name, tiny_llama(), text), "give both as names"),
+        (lambda name, text: lcprune.distill(name, name, text, history=MergeHistory(6)), "brings its own history"),
+        (lambda name, text: lcprune.distill(name, name, text, steps=0), "steps=0 must be 1 or more"),
+    ],
+)
+def test_distill_refuses_what_does_not_fit(
+    call: Callable[[str, TextDataModule], object], words: str, text: TextDataModule
+):
+    with pytest.raises(InputError, match=words):
+        call(text.tokenizer, text)
+
+
+@pytest.mark.parametrize("place", ["short", "run", f"short/{HISTORY}"])
+def test_history_is_found_in_a_folder_a_run_and_a_file(place: str, tmp_path: Path):
+    history = MergeHistory(6, teacher="somewhere")
+    for folder in (tmp_path / "short", tmp_path / "run" / "student"):
+        folder.mkdir(parents=True)
+        (folder / HISTORY).write_text(history.to_json())
+    assert lcprune.load_history(tmp_path / place) == history
+
+
+def test_history_that_is_not_there_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match=r"holds no history\.json: name a folder"):
+        lcprune.load_history(tmp_path)
