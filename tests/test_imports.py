@@ -22,7 +22,7 @@ ROOMS = {
     "distillation": "schedules triggers standing stages accumulation strategies randomness storing boundary faults "
     "signals divergences buckets head fused losses metrics levels trained passes quantized adapters "
     "teacher beginning tracing pair footprint phases beforehand objectives evaluated averaging cache fill "
-    "recall sharded optim checkpoint module given throughput companions guests undo merges callbacks "
+    "recall sharded optim checkpoint resumable module given throughput companions guests undo merges callbacks "
     "offline forecast comparison",
     "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate "
     "origin module",

@@ -5,14 +5,12 @@ The module owns weights and history; the trainer owns optimizer state; `Progress
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,7 +25,6 @@ from lcprune.distillation import (
     beginning,
     objectives,
     optim,
-    quantized,
     recall,
     sharded,
 )
@@ -39,27 +36,24 @@ from lcprune.distillation.adapters import Lora
 from lcprune.distillation.beginning import Reference
 from lcprune.distillation.boundary import StepBoundary
 from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
-from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, fingerprint_of, read
-from lcprune.distillation.evaluated import Evaluated
-from lcprune.distillation.faults import LossWatch, check_weights
+from lcprune.distillation.checkpoint import Fingerprint, fingerprint_of
+from lcprune.distillation.faults import LossWatch
 from lcprune.distillation.levels import Level, Logits
 from lcprune.distillation.optim import Rewarming
-from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
-from lcprune.distillation.randomness import RngState, restore_rng_state, states_of_ranks
-from lcprune.distillation.standing import Standing
+from lcprune.distillation.randomness import restore_rng_state
+from lcprune.distillation.resumable import Resumable
 from lcprune.distillation.strategies import clip_gradients, is_sharding, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
 from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
-from lcprune.merging import surgery
 from lcprune.merging.architectures import check_config, layout_of
 from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import Lineage, MergeHistory
 
 
-class DistillationModule(Evaluated):
+class DistillationModule(Resumable):
     """Trains a shortened student to do what the original does.
 
     Args:
@@ -147,20 +141,12 @@ class DistillationModule(Evaluated):
         self.cache: TeacherCache | None = None
         self._config: PretrainedConfig | None = None
         self._history: MergeHistory | None = None
-        self._rng: RngState | None = None
         self._training: Trained | None = None  # what is trainable now
-        self._prefix_is_original = True  # whether layers before the first merged one are the teacher's, value by value
         self._end: int | None = None  # optimizer steps of the whole run, once it has begun
         self.next_merge: int | None = None
         """Optimizer step of the next merge, where one is to come; `ProgressiveCollapse` keeps it."""
-        self.standing = Standing()
-        """Tokens read, validations since the last merge, merges undone; `ProgressiveCollapse` keeps it."""
         self._window = TokenWindow()
         self._losses = LossWatch()
-        self.boundary = StepBoundary()
-        """Where the run stands between two optimizer steps."""
-        self.resume_from: Path | None = None
-        """Checkpoint that a sharded run goes on from, where `trainer.ckpt_path` does not say so before `fit`."""
 
     @property
     def teacher_config(self) -> PretrainedConfig:
@@ -264,46 +250,6 @@ class DistillationModule(Evaluated):
             self._prefix_is_original = False  # the two share no layer
         self.choose_trained()
 
-    def _resume_depth(self, student: PreTrainedModel) -> None:
-        """Gives a student that is about to be sharded the depth of the checkpoint, which is loaded only then."""
-        path = self.resume_from or self.trainer.ckpt_path
-        if path is None:
-            return
-        record = read(Path(path))
-        self._check_resumes(record)
-        rest = record.history.after(self.history)
-        assert rest is not None
-        surgery.replay(student, rest)
-        self.history = record.history
-
-    def _check_resumes(self, record: Record) -> None:
-        record.check_fits(self.teacher_name, self.fingerprint)
-        record.check_adapters(None if self.lora is None else self.lora.record)
-        record.check_begun(self.begun)
-
-    def gather(self, dtype: torch.dtype) -> None:
-        """Puts plain models in the place of sharded ones, on rank 0's CPU, the student in `dtype`; for all ranks."""
-        state = sharded.full_state(self.student)
-        if self.global_rank:
-            return
-        mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
-        model, student = load_pair(self.teacher_name, mine, theirs, torch.device("cpu"))
-        surgery.replay(student, self.history)
-        student.load_state_dict(state, assign=True)
-        student.tie_weights()
-        teacher_room.cast(student, dtype)
-        self.teacher, self.student = Teacher(model), student
-
-    def load_models(self, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """The original, and the student as it begins."""
-        mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
-        model, student = load_pair(self.teacher_name, mine, theirs, device)
-        self._prefix_is_original = mine.packed == theirs.packed
-        if self.student_folder is not None:
-            same = beginning.take_over(student, self.student_folder, self.begun, self.weights_dtype)
-            self._prefix_is_original &= same
-        return model, student
-
     @property
     def original(self) -> PreTrainedModel:
         """The teacher's model, which planners compare with."""
@@ -335,10 +281,6 @@ class DistillationModule(Evaluated):
         names: dict[str, DtypeName] = {"bf16-true": "bfloat16", "16-true": "float16"}
         usual = "float32" if trained_room.trains_adapters(what) else self.weights_dtype
         return getattr(torch, names.get(self._precision, usual))
-
-    @property
-    def _precision(self) -> str:
-        return "" if self._trainer is None else str(self._trainer.precision)
 
     @property
     def now(self) -> Now:
@@ -419,52 +361,6 @@ class DistillationModule(Evaluated):
             return self.run(batch, levels)
         assert self.teacher is not None
         return recall.run(levels, batch, self.student, self.teacher, self.history.lineage, self.cache)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Adds history, the teacher's fingerprint and every rank's random state, as plain data."""
-        step = self.trainer.global_step
-        self.boundary.rewind(checkpoint, step)
-        check_weights(self.student.named_parameters(), step)
-        states, standing = states_of_ranks(self.boundary.random_state(step)), self.standing.to_dict()
-        record = Record(self.history, self.fingerprint, self.weights_dtype, states, standing=standing)
-        if self.lora is not None:
-            # What is still packed as it was loaded is loaded again.
-            weights = checkpoint["state_dict"]
-            assert isinstance(weights, dict)
-            for name in quantized.keys_of(self, weights):
-                del weights[name]
-            record = replace(record, lora=self.lora.record, packed=quantized.own_weights(self.student))
-        checkpoint[KEY] = record.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Replays the history on the freshly loaded student, so that the checkpoint's weights fit it."""
-        record = Record.of(checkpoint)
-        self._check_resumes(record)
-        if record.history.teacher != self.teacher_name:
-            rank_zero_warn(
-                f"the checkpoint's teacher is {record.history.teacher!r}, model.teacher is {self.teacher_name!r}: "
-                "they have the same shape, make sure that they are the same model"
-            )
-        rest = record.history.after(self.history)
-        if rest is None:
-            raise InputError(
-                "This module's student was merged otherwise than the checkpoint's: load it into a new module, with the "
-                "model.student that the checkpoint's run began with."
-            )
-        surgery.replay(self.student, rest)
-        self.history = record.history
-        self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
-        self.standing = Standing.of(record.standing)
-        if sharded.is_sharded(self.student):
-            return  # weights and optimizer have been loaded by the strategy
-        averaging.replay(self, rest)
-        quantized.restore(self.student, record.packed)
-        weights = checkpoint["state_dict"]
-        assert isinstance(weights, dict)
-        weights.update({PREFIX + name: weight for name, weight in quantized.packed_weights(self.student).items()})
-        self.choose_trained()
-        stored = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
-        self._prefix_is_original &= trained_room.make_room(self.student, stored, record.history.lineage)
 
     def on_train_start(self) -> None:
         """Continues the random numbers of an interrupted run, and a cosine whose length the run decides."""

@@ -1,0 +1,162 @@
+"""What a checkpoint holds of a student, and how a run goes on from one.
+
+    on_save_checkpoint    weights (Lightning's) + Record: history, standing, random states of all ranks, what is packed
+    on_load_checkpoint    the history is replayed on the freshly loaded student, then Lightning loads the weights
+
+A sharded student cannot be replayed on: it gets its depth before it is cut into shards.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedModel
+
+from lcprune.distillation import averaging, beginning, quantized, sharded
+from lcprune.distillation import teacher as teacher_room
+from lcprune.distillation import trained as trained_room
+from lcprune.distillation.adapters import Lora
+from lcprune.distillation.boundary import StepBoundary
+from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, read
+from lcprune.distillation.evaluated import Evaluated
+from lcprune.distillation.faults import check_weights
+from lcprune.distillation.pair import load_pair, storages
+from lcprune.distillation.randomness import RngState, states_of_ranks
+from lcprune.distillation.standing import Standing
+from lcprune.distillation.teacher import DtypeName, Teacher, TeacherDtype
+from lcprune.errors import InputError
+from lcprune.merging import surgery
+from lcprune.merging.lineage import MergeHistory
+
+
+class Resumable(Evaluated):
+    """A student with a history, and the way of both into a checkpoint and out of it."""
+
+    teacher_name: str
+    """Hub name or folder of the original."""
+    student_folder: Path | None
+    """Of a student that was shortened before."""
+    weights_dtype: DtypeName
+    """Type of the student's weights."""
+    teacher_dtype: TeacherDtype
+    """Type of the teacher's."""
+    lora: Lora | None
+    """The student's adapters."""
+    history: MergeHistory
+    """How the student came from the teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.standing = Standing()
+        """Tokens read, validations since the last merge, merges undone; `ProgressiveCollapse` keeps it."""
+        self.boundary = StepBoundary()
+        """Where the run stands between two optimizer steps."""
+        self.resume_from: Path | None = None
+        """Checkpoint that a sharded run goes on from, where `trainer.ckpt_path` does not say so before `fit`."""
+        self._rng: RngState | None = None  # with which a resumed run goes on
+        self._prefix_is_original = True  # whether layers before the first merged one are the teacher's, value by value
+
+    @property
+    def begun(self) -> MergeHistory:
+        """How the student came from the teacher before this run."""
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What a checkpoint must have in common with this module's teacher."""
+        raise NotImplementedError
+
+    def choose_trained(self) -> None:
+        """Makes trainable what is to be trained now."""
+        raise NotImplementedError
+
+    def _resume_depth(self, student: PreTrainedModel) -> None:
+        """Gives a student that is about to be sharded the depth of the checkpoint, which is loaded only then."""
+        path = self.resume_from or self.trainer.ckpt_path
+        if path is None:
+            return
+        record = read(Path(path))
+        self._check_resumes(record)
+        rest = record.history.after(self.history)
+        assert rest is not None
+        surgery.replay(student, rest)
+        self.history = record.history
+
+    def _check_resumes(self, record: Record) -> None:
+        record.check_fits(self.teacher_name, self.fingerprint)
+        record.check_adapters(None if self.lora is None else self.lora.record)
+        record.check_begun(self.begun)
+
+    def gather(self, dtype: torch.dtype) -> None:
+        """Puts plain models in the place of sharded ones, on rank 0's CPU, the student in `dtype`; for all ranks."""
+        state = sharded.full_state(self.student)
+        if self.global_rank:
+            return
+        mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
+        model, student = load_pair(self.teacher_name, mine, theirs, torch.device("cpu"))
+        surgery.replay(student, self.history)
+        student.load_state_dict(state, assign=True)
+        student.tie_weights()
+        teacher_room.cast(student, dtype)
+        self.teacher, self.student = Teacher(model), student
+
+    def load_models(self, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """The original, and the student as it begins."""
+        mine, theirs = storages(self.weights_dtype, self.teacher_dtype, self.lora, self._precision)
+        model, student = load_pair(self.teacher_name, mine, theirs, device)
+        self._prefix_is_original = mine.packed == theirs.packed
+        if self.student_folder is not None:
+            same = beginning.take_over(student, self.student_folder, self.begun, self.weights_dtype)
+            self._prefix_is_original &= same
+        return model, student
+
+    @property
+    def _precision(self) -> str:
+        return "" if self._trainer is None else str(self._trainer.precision)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        """Adds history, the teacher's fingerprint and every rank's random state, as plain data."""
+        step = self.trainer.global_step
+        self.boundary.rewind(checkpoint, step)
+        check_weights(self.student.named_parameters(), step)
+        states, standing = states_of_ranks(self.boundary.random_state(step)), self.standing.to_dict()
+        record = Record(self.history, self.fingerprint, self.weights_dtype, states, standing=standing)
+        if self.lora is not None:
+            # What is still packed as it was loaded is loaded again.
+            weights = checkpoint["state_dict"]
+            assert isinstance(weights, dict)
+            for name in quantized.keys_of(self, weights):
+                del weights[name]
+            record = replace(record, lora=self.lora.record, packed=quantized.own_weights(self.student))
+        checkpoint[KEY] = record.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        """Replays the history on the freshly loaded student, so that the checkpoint's weights fit it."""
+        record = Record.of(checkpoint)
+        self._check_resumes(record)
+        if record.history.teacher != self.teacher_name:
+            rank_zero_warn(
+                f"the checkpoint's teacher is {record.history.teacher!r}, model.teacher is {self.teacher_name!r}: "
+                "they have the same shape, make sure that they are the same model"
+            )
+        rest = record.history.after(self.history)
+        if rest is None:
+            raise InputError(
+                "This module's student was merged otherwise than the checkpoint's: load it into a new module, with the "
+                "model.student that the checkpoint's run began with."
+            )
+        surgery.replay(self.student, rest)
+        self.history = record.history
+        self._rng = record.rng[self.global_rank if self.global_rank < len(record.rng) else 0]
+        self.standing = Standing.of(record.standing)
+        if sharded.is_sharded(self.student):
+            return  # weights and optimizer have been loaded by the strategy
+        averaging.replay(self, rest)
+        quantized.restore(self.student, record.packed)
+        weights = checkpoint["state_dict"]
+        assert isinstance(weights, dict)
+        weights.update({PREFIX + name: weight for name, weight in quantized.packed_weights(self.student).items()})
+        self.choose_trained()
+        stored = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+        self._prefix_is_original &= trained_room.make_room(self.student, stored, record.history.lineage)
