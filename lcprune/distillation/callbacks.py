@@ -115,6 +115,11 @@ class ProgressiveCollapse(Callback):
             )
         self._check_methods(module)
         check_merges(trainer.strategy)
+        if self.max_perplexity_jump is not None and is_sharding(trainer.strategy):
+            raise InputError(
+                f"collapse.max_perplexity_jump={self.max_perplexity_jump} takes merges back, which has not been proved "
+                "for a model in shards: set it to null, or use one device or ddp."
+            )
         companions.check(trainer)
 
     def _check_guest(self, trainer: Trainer, module: Guest) -> None:

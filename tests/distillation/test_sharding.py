@@ -1,9 +1,13 @@
 """What cannot be in shards is refused in one sentence before anything is loaded; two processes are in test_ranks.py."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from lcprune import AtSteps, ProgressiveCollapse
 from lcprune.distillation import beforehand
 from lcprune.distillation.levels import Boundary, Labels, Level, Local, Logits
 from lcprune.distillation.phases import Phase
@@ -11,6 +15,7 @@ from lcprune.distillation.sharded import Shards
 from lcprune.distillation.strategies import check_merges
 from lcprune.errors import InputError
 from lcprune.merging.surgery import Outcome
+from tests.distillation import runs
 
 FSDP2 = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
@@ -50,3 +55,10 @@ def test_outcome_of_a_merge_is_told_in_the_parameters_that_the_optimizer_holds()
     outcome = Shards({id(full): held}).of(Outcome((full,), (other,)))
     assert outcome.merged[0] is held
     assert outcome.removed[0] is other
+
+
+def test_merges_in_shards_cannot_be_taken_back(tiny_folder: Path):
+    collapse = ProgressiveCollapse(AtSteps({1: 5}), max_perplexity_jump=1.5)
+    trainer = SimpleNamespace(strategy=FSDP2, fast_dev_run=False, max_steps=4, callbacks=[], limit_val_batches=1.0)
+    with pytest.raises(InputError, match=r"max_perplexity_jump=1\.5 takes merges back.*set it to null"):
+        collapse.check(trainer, runs.student_of(tiny_folder))  # type: ignore[arg-type]
