@@ -100,12 +100,12 @@ class Bench:
         first = _fork(lambda: self._launch(folder, port, into))
         os.close(into)
         with os.fdopen(out) as pipe:
-            return Launched([first], watched=[int(number) for number in pipe.read().split()])
+            return Launched([first], watched=[int(number) for number in pipe.readline().split()])
 
     def _launch(self, folder: Path, port: int, into: int) -> None:
         """Rank 0, which starts the others and watches them as Lightning's launcher does."""
         others = [_fork(lambda rank=rank: self._train(folder, rank, port)) for rank in range(1, self._ranks)]
-        os.write(into, " ".join(map(str, others)).encode())
+        os.write(into, f"{' '.join(map(str, others))}\n".encode())
         os.close(into)
         for other in others:
             threading.Thread(target=_end_with, args=(other,), daemon=True).start()
