@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedModel
 
+from lcprune import demo
 from lcprune.cli.training import Parser, RecipeCLI
 from lcprune.distillation.teacher import DTYPES, DtypeName, load
 from lcprune.errors import InputError
@@ -88,5 +89,6 @@ def depth_of_teacher(cli: RecipeCLI) -> int:
 
 def load_model(own: argparse.Namespace, cli: RecipeCLI) -> PreTrainedModel:
     """The recipe's teacher with the dtype and on the device that were asked for, else those of the recipe."""
+    demo.load_tokenizer(cli.model.teacher_name)  # text and export need it: a bad one is refused first
     dtype: DtypeName = own.dtype or cli.model.weights_dtype
     return load(cli.model.teacher_name, dtype, own.device or cli.trainer.strategy.root_device)

@@ -91,5 +91,5 @@ def pack(stream: Tensor, block_size: int) -> tuple[Tensor, int]:
         pack(torch.arange(7), 3)  ->  tensor([[0, 1, 2], [3, 4, 5]]), 1
     """
     blocks = len(stream) // block_size
-    width = min(block_size, len(stream) + 1)  # as long as there are blocks, T; no tensor may be wider than 2**63
+    width = min(block_size, 2**31)  # T; without a block any number may be asked for, and no tensor may be that wide
     return stream[: blocks * block_size].view(blocks, width), len(stream) - blocks * block_size

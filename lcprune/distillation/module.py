@@ -172,10 +172,13 @@ class DistillationModule(Resumable):
     def begun(self) -> MergeHistory:
         """How the student came from the teacher before this run."""
         depth = layout_of(self.teacher_config).depth_of(self.teacher_config)
+        history = MergeHistory(
+            depth, teacher=self.teacher_name
+        )  # refuses a depth that no model has, before it is built
         check_config(self.teacher_config, f"model.teacher={self.teacher_name!r}")
         if self.student_folder is not None:
             return beginning.history_of(self.student_folder, self.teacher_name, depth)
-        return MergeHistory(depth, teacher=self.teacher_name)
+        return history
 
     @property
     def fingerprint(self) -> Fingerprint:

@@ -115,10 +115,6 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
         {"trainer__strategy": "ddp", "model__objective": [{"class_path": "Boundary"}]},
         ("Boundary", "add Logits", "ddp_find_unused_parameters_true"),
     ),
-    "averaging that forgets merges": (
-        {"trainer__callbacks": [of("lightning.pytorch.callbacks.StochasticWeightAveraging", swa_lrs=0.1)]},
-        ("trainer.callbacks", "StochasticWeightAveraging", "remove it"),
-    ),
     "strategy that cannot merge": ({"trainer__strategy": "fsdp"}, ("fsdp",)),
 }
 
