@@ -17,7 +17,8 @@ from tests.cli.recipe import text_file
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^(lcprune [^#\n]*)", README, re.MULTILINE)
+SHELL = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+COMMANDS = re.findall(r"^(lcprune [^#\n]*)", SHELL, re.MULTILINE)
 BENCHMARKS = re.findall(r"python (tests/benchmarks/\w+\.py)((?: +(?!#)[^`#\n]*)?)", README)
 TRAINING = re.findall(r"^lcprune ((?:fit|validate|test|predict) [^#\n]*)", README, re.MULTILINE)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

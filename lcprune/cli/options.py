@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedModel
 
-from lcprune import demo
+from lcprune import demo, weights
 from lcprune.cli.training import Parser, RecipeCLI
 from lcprune.distillation.teacher import DTYPES, DtypeName, load
 from lcprune.errors import InputError
@@ -82,6 +82,7 @@ def depth_of_teacher(cli: RecipeCLI) -> int:
             "model.teacher alone: leave model.student out, or name the folder as model.teacher."
         )
     depth = cli.model.history.teacher_depth
+    weights.check(cli.model.teacher_name)
     if depth < 2:
         raise InputError(f"model.teacher={cli.model.teacher_name!r} has {depth} layer: to merge takes 2 or more.")
     return depth

@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lcprune import __version__, demo
+from lcprune import __version__, demo, weights
 from lcprune.cli import named, recipe_files, tables
 from lcprune.cli.bars import TrainingBar
 from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
@@ -216,6 +216,7 @@ class RecipeCLI(LightningCLI):
 
     def _check_model(self) -> None:
         self.model.history  # noqa: B018 - reads the config: an unknown model or family is refused here
+        weights.check(self.model.teacher_name)
         if self.record is not None:
             self.record.check_fits(self.model.teacher_name, self.model.fingerprint)
             self.record.check_adapters(None if self.model.lora is None else self.model.lora.record)

@@ -152,9 +152,7 @@ class DistillationModule(Resumable):
     def teacher_config(self) -> PretrainedConfig:
         """The original's config; read without its weights."""
         if self._config is None:
-            config = demo.read_config(self.teacher_name)
-            weights.check(self.teacher_name)
-            self._config = config
+            self._config = demo.read_config(self.teacher_name)
         return self._config
 
     @property
@@ -172,9 +170,7 @@ class DistillationModule(Resumable):
     def begun(self) -> MergeHistory:
         """How the student came from the teacher before this run."""
         depth = layout_of(self.teacher_config).depth_of(self.teacher_config)
-        history = MergeHistory(
-            depth, teacher=self.teacher_name
-        )  # refuses a depth that no model has, before it is built
+        history = MergeHistory(depth, teacher=self.teacher_name)  # refuses a depth that no model has
         check_config(self.teacher_config, f"model.teacher={self.teacher_name!r}")
         if self.student_folder is not None:
             return beginning.history_of(self.student_folder, self.teacher_name, depth)
@@ -192,6 +188,7 @@ class DistillationModule(Resumable):
 
     def setup(self, stage: str) -> None:
         """Before weights are loaded, refuses what training could not begin or go on with."""
+        weights.check(self.teacher_name)
         beforehand.check_documents(self.teacher_config, self.trainer.datamodule)  # type: ignore[attr-defined]
         self.check_sharding()
         if stage == "fit":
