@@ -65,8 +65,8 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def commands() -> list[str]:
-    """Every command that `lcprune --help` names."""
-    return re.findall(r"^  ([a-z][a-z-]*)  +\S", cli.HELP, re.MULTILINE)
+    """Every command there is."""
+    return list(cli.HOMES)
 
 
 def options(command: str) -> list[str]:

@@ -18,8 +18,8 @@ from lcprune.errors import InputError
 from lcprune.identity import check_weights
 
 USAGE = """lcprune export CHECKPOINT --out FOLDER [--push-to-hub NAME] [--gguf FILE]
-       lcprune export FOLDER [--push-to-hub NAME] [--gguf FILE]
-
+       lcprune export FOLDER [--push-to-hub NAME] [--gguf FILE]"""
+EXAMPLES = """examples:
   lcprune export runs/x/checkpoints/last.ckpt --out short
   lcprune export runs/x --push-to-hub me/short                  the student of a run; a new repository is private
   lcprune export short --gguf short-q8_0.gguf --gguf-type q8_0  for llama.cpp, by its own converter"""
@@ -39,7 +39,13 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(usage=USAGE, description=str(__doc__).partition("\n")[0], allow_abbrev=False)
+    parser = _Parser(
+        usage=USAGE,
+        description=str(__doc__).partition("\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "source", type=Path, help="A .ckpt that lcprune fit wrote, an exported folder, or a run folder."
     )

@@ -29,8 +29,8 @@ from lcprune.files import write_text
 
 FILE = "evaluation.json"
 """What the figures are called where --out says nothing."""
-USAGE = """lcprune evaluate MODEL [MODEL ...] [options]
-
+USAGE = "lcprune evaluate MODEL [MODEL ...] [options]"
+EXAMPLES = """examples:
   lcprune evaluate runs/quickstart                              beside its teacher, on the run's held-out text
   lcprune evaluate short --text my.txt --task-folder tasks      tasks/*.jsonl with context, choices, label
   lcprune evaluate short --tasks arc_easy,piqa                  by lm-eval (pip install 'lcprune[eval]')
@@ -68,7 +68,13 @@ def _tell_card(job: Job, evaluation: Evaluation) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(usage=USAGE, description=str(__doc__).partition("\n")[0], allow_abbrev=False)
+    parser = _Parser(
+        usage=USAGE,
+        description=str(__doc__).partition("\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="A run folder, a model's folder or a name.")
     parser.add_argument("--teacher", help="What to compare with; default: by the model's history.json; none = nothing.")
     parser.add_argument("--tasks", help="Names with commas: files of --task-folder, else tasks of lm-eval.")

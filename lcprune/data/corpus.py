@@ -6,6 +6,7 @@ Plain text is learned whole; of conversations the answers are, unless the recipe
 packed as running text; with chat in it, documents are kept apart.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -193,7 +194,8 @@ def _mixed(sets: Sequence[Tokens], sources: Sequence[Source], seed: int, part: s
 
 
 def _long(sets: Sequence[Tokens], block_size: int) -> int:
-    return sum(int((tokens.lengths > block_size).sum()) for tokens in sets)
+    limit = min(block_size, sys.maxsize)  # tensors know no larger numbers
+    return sum(int((tokens.lengths > limit).sum()) for tokens in sets)
 
 
 def filler_of(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -11,7 +11,7 @@ Here they are counted in optimizer steps; triggers.py has those that look at som
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import isfinite
+from math import inf
 from typing import ClassVar
 
 from lcprune.errors import InputError
@@ -129,7 +129,7 @@ class Schedule:
 
 def last_known(deadlines: tuple[Deadline, ...]) -> int:
     """The last optimizer step of those that are known; 0 = none is."""
-    return int(max((step for step, _ in deadlines if isfinite(step)), default=0))
+    return int(max((step for step, _ in deadlines if step != inf), default=0))
 
 
 class StepSchedule(Schedule):

@@ -88,7 +88,11 @@ def check_whole(path: Path) -> None:
     if reason is None:
         return
     whole = newest_whole(path.parent, but=path)[0]
-    instead = f"the newest whole one in its folder is {whole}, name that" if whole else "no other in its folder is"
+    instead = (
+        f"the newest whole one in its folder is {whole}, name that"
+        if whole
+        else "no other in its folder is, name another one"
+    )
     raise InputError(f"ckpt_path={path} cannot be read, it is not a whole checkpoint ({reason}): {instead}.")
 
 

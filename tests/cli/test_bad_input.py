@@ -25,7 +25,7 @@ def test_mistake_in_a_recipe_is_one_sentence_and_leaves_nothing(
 ):
     changes, expected = RECIPES[name]
     content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", **changes)
-    monkeypatch.setattr("lcprune.distillation.module.load_pair", _never)
+    monkeypatch.setattr("lcprune.distillation.resumable.load_pair", _never)
     assert main(["fit", "--config", str(write(tmp_path, content))]) == 2
     assert_says(capsys, expected)
     assert not (tmp_path / "run" / "student").exists()
@@ -35,7 +35,7 @@ def test_mistake_in_a_recipe_is_one_sentence_and_leaves_nothing(
 def test_student_that_is_no_student_is_one_sentence_before_weights_are_loaded(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("lcprune.distillation.module.load_pair", _never)
+    monkeypatch.setattr("lcprune.distillation.resumable.load_pair", _never)
     for wrong in (tmp_path / "nowhere", tiny_folder):
         content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", model__student=str(wrong))
         assert main(["fit", "--config", str(write(tmp_path, content))]) == 2
@@ -99,7 +99,7 @@ def test_checkpoint_that_does_not_fit_is_refused_before_weights_are_loaded(
     bad = Path(shutil.copy(checkpoint, tmp_path / "bad.ckpt"))
     spoil(bad)
     config = write(tmp_path, recipe(tiny_folder, text_file(tmp_path), tmp_path / "run"))
-    monkeypatch.setattr("lcprune.distillation.module.load_pair", _never)
+    monkeypatch.setattr("lcprune.distillation.resumable.load_pair", _never)
     assert main(["fit", "--config", str(config), "--ckpt_path", str(bad)]) == 2
     assert_says(capsys, expected)
     assert not (tmp_path / "run" / "student").exists()
@@ -121,7 +121,7 @@ def test_text_that_cannot_be_trained_on_is_refused_before_weights_are_loaded(
 ):
     file, text, changes, expected = DATA[name]
     (tmp_path / file).write_bytes(text)
-    monkeypatch.setattr("lcprune.distillation.module.load_pair", _never)
+    monkeypatch.setattr("lcprune.distillation.resumable.load_pair", _never)
     content = recipe(tiny_folder, tmp_path / file, tmp_path / "run", **changes)
     assert main(["fit", "--config", str(write(tmp_path, content))]) == 2
     assert_says(capsys, expected)

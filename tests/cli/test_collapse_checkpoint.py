@@ -1,7 +1,10 @@
 """`lcprune collapse-checkpoint` as a user types it: what it writes, how fit goes on, and every wrong input."""
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -86,7 +89,7 @@ def test_mistake_is_one_sentence_before_weights_are_loaded_and_leaves_nothing(
     )
     other = str(save_tiny(tmp_path / "other", tiny_llama(5))) if "OTHER" in options else ""
     options = [{"PLAN": str(tmp_path / "plan.json"), "OTHER": other}.get(option, option) for option in options]
-    monkeypatch.setattr("lcprune.distillation.module.load_pair", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("lcprune.distillation.resumable.load_pair", lambda *_: pytest.fail("weights were loaded"))
     assert main(command(run, tmp_path / "out" / "short.ckpt", *options, **source)) == 2
     sentence = capsys.readouterr().err.strip()
     assert sentence.startswith("lcprune: ")
@@ -107,11 +110,11 @@ def test_out_that_is_there_or_not_named_is_refused(run: Path, tmp_path: Path, ca
 def test_full_disk_leaves_nothing_behind(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    def full(content: object, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    def full(content: object, file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(torch, "save", full)
     assert main(command(run, tmp_path / "short.ckpt", "--target-depth", "5")) == 1
-    assert "short.ckpt cannot be written (PytorchStreamWriter failed" in capsys.readouterr().err
+    assert "short.ckpt cannot be written (No space left on device)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

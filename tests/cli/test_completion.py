@@ -34,7 +34,7 @@ def completed(script: Path, words: list[str], folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (["lcprune", "col"], ["collapse"]),
+        (["lcprune", "col"], ["collapse", "collapse-checkpoint"]),
         (["lcprune", "fit", "--conf"], ["--config"]),
         (["lcprune", "fit", "--config", "my"], ["my recipe.yaml"]),
         (["lcprune", "fit", "--collapse.sch"], ["--collapse.schedule", "--collapse.schedule.help"]),
@@ -62,7 +62,7 @@ def test_other_shells_get_every_command_and_option(shell: str, monkeypatch: pyte
 
 def test_commands_are_those_of_the_help():
     assert {"fit", "predict", "collapse", "plan", "recipes", "completion"} <= set(completion.commands())
-    assert all(f"  {command} " in HELP for command in completion.commands())
+    assert all(f"\n  {command}" in HELP for command in completion.commands())
 
 
 @pytest.mark.parametrize("command", completion.commands())

@@ -51,7 +51,7 @@ def test_recipes_copy_overwrites_nothing(here: Path, capsys: pytest.CaptureFixtu
     ("arguments", "words"),
     [
         (["copy", "quickstrat"], "did you mean quickstart?"),
-        (["copy", "zzz"], "the recipes are best, come,"),
+        (["copy", "zzz"], "the recipes are best, chat, come,"),
         (["copy"], "needs the name of a recipe"),
         (["list", "come"], "leave it out"),
         (["mend"], "invalid choice: 'mend'"),

@@ -236,7 +236,7 @@ def test_unknown_model_is_refused_in_one_sentence(write: Written, name: str):
 def test_model_without_weights_is_refused(write: Written, tmp_path: Path):
     folder = save_tiny(tmp_path / "model", tiny_llama(1))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"cannot write the text .*data\.generate\.model"):
+    with pytest.raises(InputError, match=r"data\.generate\.model: the folder .* holds neither model\.safetensors"):
         write(model=str(folder))
 
 

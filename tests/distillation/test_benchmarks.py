@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.benchmarks import contestants, peers, quality, shapes, step
-from tests.builders import tiny_llama
+from tests.benchmarks import contestants, peers, shapes, step
 
 TINY = ["--layers", "10", "--hidden", "64", "--vocabulary", "512", "--block-size", "16", "--device", "cpu"]
 
@@ -95,34 +93,3 @@ def test_ours_trains_the_students_steps(tmp_path: Path, name: str):
     figures = contestants.CONTESTANTS[name](work)
     assert figures["steps"] == 2
     assert figures["seconds"] > 0
-
-
-def test_likelihood_of_a_choice_is_that_of_its_tokens_behind_the_context():
-    model = tiny_llama()
-    ids = [torch.tensor([5, 6, 7, 8, 9]), torch.tensor([11, 12, 13])]
-    batch = [quality.Sentence(ids[0], 2, 9), quality.Sentence(ids[1], 1, 4)]
-    expected = []
-    for one in batch:
-        with torch.no_grad():
-            log_p = model(one.ids[None]).logits[0].log_softmax(-1)
-        expected.append(sum(log_p[place - 1, one.ids[place]].item() for place in range(one.start, len(one.ids))))
-    assert quality.likelihoods(model, batch) == pytest.approx(expected, rel=1e-4)
-
-
-def test_answer_is_the_likeliest_choice_by_tokens_or_by_characters(monkeypatch: pytest.MonkeyPatch):
-    values = {" a": -3.0, " bcdefgh": -6.0, " i": -5.0, " j": -4.0}
-    rows = [quality.Row("q", ["a", "bcdefgh"], 0), quality.Row("r", ["i", "j"], 1)]
-    monkeypatch.setattr(
-        quality,
-        "_sentence",
-        lambda tokenizer, context, choice: quality.Sentence(torch.full((len(choice),), ord(choice[0])), 0, len(choice)),
-    )
-    monkeypatch.setattr(
-        quality,
-        "likelihoods",
-        lambda model, batch: [
-            next(value for text, value in values.items() if ord(text[1]) == int(one.ids[0])) for one in batch
-        ],
-    )
-    assert quality.answers(None, None, rows, by_character=False) == [True, True]  # type: ignore[arg-type]
-    assert quality.answers(None, None, rows, by_character=True) == [False, True]  # type: ignore[arg-type]

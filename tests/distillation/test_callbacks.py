@@ -28,7 +28,7 @@ from lcprune import (
     WeightedAverage,
 )
 from lcprune.distillation import callbacks as callbacks_room
-from lcprune.distillation import module as module_room
+from lcprune.distillation import resumable
 from lcprune.distillation.checkpoint import KEY
 from lcprune.errors import InputError
 from lcprune.merging import surgery
@@ -205,7 +205,7 @@ def test_merge_in_the_loop_is_stopping_doing_surgery_and_going_on(
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when weights are read."""
     monkeypatch.setattr(
-        module_room, "load_pair", lambda *_: pytest.fail("weights were loaded before the mistake was told")
+        resumable, "load_pair", lambda *_: pytest.fail("weights were loaded before the mistake was told")
     )
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from lcprune import AtSteps, DistillationModule, Drop, FixedPlan, Labels, Logits, ProgressiveCollapse
-from lcprune.distillation import module as module_room
+from lcprune.distillation import resumable
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeStep
@@ -23,7 +23,7 @@ def at_once() -> ProgressiveCollapse:
 
 
 def test_building_a_module_loads_nothing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module_room, "load_pair", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(resumable, "load_pair", lambda *_: pytest.fail("weights were loaded"))
     module = runs.student_of(tiny_folder)
     assert module.history.teacher_depth == 6
     assert module.fingerprint["model_type"] == "llama"

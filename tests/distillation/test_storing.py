@@ -95,7 +95,7 @@ def test_error_names_the_newest_whole_one_beside(saved: Path):
 
 def test_error_says_that_no_other_is_whole(saved: Path):
     _spoil(_copy(saved, "step=4.ckpt", 10))
-    with pytest.raises(InputError, match="no other in its folder is"):
+    with pytest.raises(InputError, match="no other in its folder is, name another one"):
         check_whole(_spoil(saved))
 
 

@@ -221,7 +221,7 @@ def test_tokens_after_a_glance_run_only_as_far_as_the_pair_that_is_clearly_the_l
             for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 matrix.weight.mul_(1e-2)
     run = passes(monkeypatch)
-    (step,) = ProgressivePlanner(glance=160).plan(Calibration(model, many()), Concat(), 8)
+    (step,) = ProgressivePlanner(glance=160).plan(Calibration(model, many(30)), Concat(), 8)
     assert step.group == (2, 3)
     assert run == [*range(9), *range(4)]
 
