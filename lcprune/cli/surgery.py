@@ -21,8 +21,8 @@ from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import from_spec
 
 USAGE = "lcprune collapse-checkpoint IN OUT --config RECIPE.yaml"
-EXAMPLES = """The recipe is the run's own; of its trainer only precision and accelerator count here. Planner, operator and
-refit are those of `collapse:`, and what they do is what they would have done in training, bit for bit on one device.
+EXAMPLES = """The recipe is the run's own; of its trainer only precision and accelerator count here. Planner, operator
+and refit are those of `collapse:`, and do what they would have done in training, bit for bit on one device.
 
 examples, for a run under FSDP or DeepSpeed whose recipe says collapse.schedule: null:
   lcprune collapse-checkpoint runs/x/checkpoints/last.ckpt short.ckpt --config recipe.yaml --target-depth 24
