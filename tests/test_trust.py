@@ -63,7 +63,10 @@ def test_checkpoints_are_read_as_plain_data(path: Path):
 def test_nothing_is_unpickled_evaluated_or_handed_to_a_shell(path: Path):
     names = {name for name, _ in calls(path)}
     assert not names & {"eval", "exec", "compile", "os.system", "pickle.load", "pickle.loads", "yaml.load"}
-    assert not any(name.startswith(("subprocess.", "marshal.", "shelve.", "os.exec", "os.spawn")) for name in names)
+    allowed = {"subprocess.run"} if path.stem == "gguf" else set()  # llama.cpp's converter, which the user has named
+    others = ("subprocess.", "marshal.", "shelve.", "os.exec", "os.spawn")
+    assert not any(name.startswith(others) for name in names - allowed)
+    assert not any(is_true(given.get("shell")) for _, given in calls(path))
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ class _Surgery(Callback):
         if not steps:
             raise InputError("The planner found nothing to merge: name another one, or give --plan.")
         merge(trainer, pl_module, steps)
+        pl_module.standing.merged(trainer.global_step)
         self.changed = _changed(trainer, pl_module)
         raise _Done
 

@@ -60,6 +60,10 @@ class Standing:
         self.counted += int(own)
         return self.counted
 
+    def merged(self, step: int) -> None:
+        """Layers have merged, or a merge was tried, after so many optimizer steps; ranks meet in here."""
+        self.asked, self.since = (step, self.tokens()), ()
+
     def validated(self, perplexity: float) -> None:
         """Takes down a validation."""
         self.since, self.pending = (*self.since, perplexity), False

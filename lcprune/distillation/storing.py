@@ -65,17 +65,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Reads plain data (`weights_only`, unless the trainer was told otherwise), once it is known to be whole.
+        """Reads plain data, once it is known to be whole.
 
         Raises:
-            InputError: The file is damaged; the message names the newest whole one beside it.
+            InputError: The file is damaged, and the message names the newest whole one beside it; or it is not to be
+                read as plain data.
         """
-        weights_only = weights_only is not False
+        if weights_only is False:
+            raise InputError(
+                f"weights_only=False would run what a stranger has pickled into {path}: leave it out, our checkpoints "
+                "hold plain data."
+            )
         if not _is_local(path):
             with get_filesystem(path).open(str(path), "rb") as file:
-                return torch.load(file, map_location=map_location, weights_only=weights_only)
+                return torch.load(file, map_location=map_location, weights_only=True)
         check_whole(Path(path))
-        return torch.load(path, map_location=map_location, weights_only=weights_only)
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def check_whole(path: Path) -> None:

@@ -104,7 +104,7 @@ def _trace(config: PretrainedConfig, depth: int, shape: Shape, lora: Lora | None
     weights, low = (torch.bfloat16, None) if experts else (shape.weights, shape.autocast)
     wider = shape.weights.itemsize // weights.itemsize
     with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
-        model = AutoModelForCausalLM.from_config(config, dtype=weights).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=weights, trust_remote_code=False).train()
         if lora is not None:
             model.requires_grad_(False)
             for layer in layout.layers_of(model):

@@ -34,11 +34,11 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
     "empty optimizer": ({"model__optimizer": ""}, ("model.optimizer: ''", "package.Class")),
     "number for an optimizer": ({"model__optimizer": 3}, ("model.optimizer: '3'", "package.Class")),
     "word for a learning rate": (
-        {"model__optimizer": of("AdamW", lr="fast")},
+        {"model__optimizer": of("torch.optim.AdamW", lr="fast")},
         ("model.optimizer: lr=fast must be a number",),
     ),
     "negative learning rate": (
-        {"model__optimizer": of("AdamW", lr=-1)},
+        {"model__optimizer": of("torch.optim.AdamW", lr=-1)},
         ("model.optimizer", "Invalid learning rate: -1.0", "init_args"),
     ),
     "scheduler that divides by zero": (

@@ -102,7 +102,7 @@ def test_merge_in_a_checkpoint_is_the_merge_in_the_loop_bit_for_bit(
         return runs.student_of(tiny_folder, **of_module)
 
     in_loop = trained(tmp_path / "loop", module(), text, collapse(5), **of_trainer)
-    without = trained(tmp_path / "without", module(), text, **of_trainer)
+    without = trained(tmp_path / "without", module(), text, ProgressiveCollapse(), **of_trainer)
     assert [step.global_step for step in steps_from(in_loop)][:1] == [STEP]
     assert not steps_from(without)
     source = tmp_path / "without" / "last.ckpt"
