@@ -167,7 +167,8 @@ def test_checkpoint_is_read_as_plain_data(tmp_path: Path):
     torch.save({"path": tmp_path}, tmp_path / "pickled.ckpt")
     with pytest.raises(Exception, match=r"weights_only|Weights only"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "pickled.ckpt")
-    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "pickled.ckpt", weights_only=False) == {"path": tmp_path}
+    with pytest.raises(InputError, match="weights_only=False would run what a stranger has pickled"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "pickled.ckpt", weights_only=False)
 
 
 def test_file_that_is_not_local_goes_lightnings_way():
