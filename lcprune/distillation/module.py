@@ -44,7 +44,7 @@ from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import restore_rng_state
 from lcprune.distillation.resumable import Resumable
-from lcprune.distillation.strategies import clip_gradients, is_sharding, optimizer_steps, parameters_changed
+from lcprune.distillation.strategies import clip_gradients, is_ddp, is_sharding, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
 from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
@@ -273,6 +273,9 @@ class DistillationModule(Resumable):
             trained_room.mark(self.student, chosen)
         else:
             trained_room.train(self.student, self.teacher.model, chosen, self._trained_dtype(what))
+        if not chosen and self._trainer is not None and is_ddp(self._trainer.strategy):
+            # DDP wraps no module without a trained Parameter; it is wrapped anew when a merge has given it some.
+            min(self.student.parameters(), key=lambda parameter: parameter.numel()).requires_grad_()
         self._training = what
         self._prefix_is_original &= what in trained_room.BESIDE_PREFIX
 
@@ -364,7 +367,8 @@ class DistillationModule(Resumable):
 
     def on_train_start(self) -> None:
         """Continues the random numbers of an interrupted run, and a cosine whose length the run decides."""
-        if not any(parameter.requires_grad for parameter in self.student.parameters()):
+        what = self.now.phase.trained(self.train_usually)
+        if not trained_room.trained_parameters(self.student, what, self.history.lineage):
             raise InputError(
                 f"train={self._training} trains nothing before the first merge: merge at step 0 "
                 "(collapse.schedule.first: 0), or train all or layers until then."
