@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests import builders
+
+# The same examples at every run: what is found at random is looked for by the slow tests.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 THREADS = torch.get_num_threads()
 

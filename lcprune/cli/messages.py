@@ -132,3 +132,18 @@ def _plain(kind: str) -> str:
         names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
         return names.get(match[1], match[1])
     return kind
+
+
+def unmade(message: str) -> str | None:
+    """Jsonargparse's report of a class that does not take its settings, in one sentence; None = it is another report.
+
+    Args:
+        message: With a line such as `Given value: Namespace(class_path='lcprune.Evenly', init_args=Namespace(...))`.
+    """
+    given = re.search(r"class_path='([\w.]+)', init_args=Namespace\(([^\n]*)\)\)", message)
+    if given is None:
+        return None
+    return (
+        f"{given[1].rpartition('.')[2]} cannot be made with {given[2]}: give each of these a value of its kind, or "
+        "leave it out for its default."
+    )

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lcprune import __version__, demo, weights
 from lcprune.cli import named, recipe_files, tables
 from lcprune.cli.bars import TrainingBar
-from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
+from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence, unmade
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
 from lcprune.cli.resuming import last_checkpoint
@@ -204,6 +204,8 @@ class RecipeCLI(LightningCLI):
             # jsonargparse wraps what a constructor raises, and names the setting.
             if cause := cause_of(error) or (key_of(str(error)) and InputError(one_sentence(str(error)))):
                 raise cause from error
+            if sentence := unmade(str(error)):
+                raise InputError(sentence) from error
             raise
 
     def before_instantiate_classes(self) -> None:

@@ -33,6 +33,10 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
     "no optimizer": ({"model__optimizer": None}, ("optimizer=null", "torch.optim.AdamW")),
     "empty optimizer": ({"model__optimizer": ""}, ("model.optimizer: ''", "package.Class")),
     "number for an optimizer": ({"model__optimizer": 3}, ("model.optimizer: '3'", "package.Class")),
+    "null for a number": (
+        {"collapse__schedule": of("Evenly", target_depth=4, merges=None)},
+        ("Evenly cannot be made with", "merges=None", "leave it out for its default"),
+    ),
     "word for a learning rate": (
         {"model__optimizer": of("torch.optim.AdamW", lr="fast")},
         ("model.optimizer: lr=fast must be a number",),
