@@ -27,7 +27,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # librari
 ROOT = Path(__file__).resolve().parents[1]
 SHELL = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"^(lcprune [^#\n]*?) *(?:#.*)?$", "".join(SHELL), re.MULTILINE)))
-SMALLER = {"Qwen/Qwen3-0.6B": "my-model", "200MB": "900KB", "documents 256": "documents 8"}
+SMALLER = {
+    "Qwen/Qwen3-0.6B": "my-model",
+    "200MB": "900KB",
+    "documents 256": "documents 8 --data.generate.tokens 64 --data.path null",
+}
 BY_LM_EVAL = "lcprune evaluate short --tasks piqa,arc_easy"
 
 
@@ -42,7 +46,7 @@ def shrunk(content: dict) -> dict:
     schedule = collapse.get("schedule")
     if schedule is not None and schedule["class_path"] == "Evenly":
         schedule["init_args"] = {"target_depth": schedule["init_args"]["target_depth"]}
-    data |= {"block_size": 32, "batch_size": 2, "calibration_blocks": 4, "validation_blocks": 2}
+    data |= {"path": "my.jsonl", "block_size": 96, "batch_size": 2, "calibration_blocks": 4, "validation_blocks": 2}
     content.setdefault("model", {})["teacher"] = "my-model"
     return content
 
@@ -52,8 +56,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which all that the README speaks of is there."""
     folder = tmp_path_factory.mktemp("readme")
     builders.save_tiny(folder / "my-model", builders.tiny_llama(30))
-    words = text_file(folder, 900).rename(folder / "my.txt").read_text().split()
-    texts = [" ".join(words[first : first + 30]) for first in range(0, len(words), 30)]
+    words = text_file(folder, 2400).rename(folder / "my.txt").read_text().split()
+    texts = [" ".join(words[first : first + 40]) for first in range(0, len(words), 40)]
     for name in ("my", "mix", "calibration"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     pairs = [{"prompt": text[:40], "response": text[40:90]} for text in texts]
@@ -68,18 +72,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("quickstart", "progressive", "shortgpt"):
-            assert main(["fit", "--config", f"recipes/{name}.yaml", "--data.path", "my.jsonl"]) == 0
+            assert main(["fit", "--config", f"recipes/{name}.yaml"]) == 0
         for name in ("a", "b"):
             shutil.copytree("runs/quickstart", f"runs/{name}")
         # A run that does not merge itself, stopped.
         unmerged = ["--collapse.schedule", "null", "--trainer.default_root_dir", "runs/unmerged"]
         logged = ["--trainer.logger.init_args.save_dir", "runs/unmerged"]
-        assert main(["fit", "--config", "recipes/progressive.yaml", *unmerged, *logged, "--data.path", "my.jsonl"]) == 0
+        assert main(["fit", "--config", "recipes/progressive.yaml", *unmerged, *logged]) == 0
         shutil.copy("runs/unmerged/checkpoints/last.ckpt", "last.ckpt")
         shutil.copy("runs/unmerged/recipe.yaml", "recipe.yaml")
-        text = ["--config", "recipes/shortgpt.yaml", "--data.path", "my.jsonl"]
-        assert main(["collapse", *text, "--out", "short"]) == 0
-        assert main(["collapse", *text, "--plan-only"]) == 0
+        assert main(["collapse", "--config", "recipes/shortgpt.yaml", "--out", "short"]) == 0
+        assert main(["collapse", "--config", "recipes/shortgpt.yaml", "--plan-only"]) == 0
         assert main(["cache", "--config", "recipes/shortgpt.yaml", "--out", "cache"]) == 0
     return folder
 
@@ -117,7 +120,7 @@ def test_command_of_the_readme_runs(command: str, here: Path, capsys: pytest.Cap
 def test_command_of_the_readme_for_several_devices_runs(command: str, here: Path):
     # Lightning starts the second process by the first one's command line.
     done = subprocess.run(
-        [sys.executable, "-m", "lcprune", *typed(command), "--data.path", "my.jsonl"],
+        [sys.executable, "-m", "lcprune", *typed(command)],
         capture_output=True,
         text=True,
         timeout=300,

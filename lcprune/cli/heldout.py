@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import PretrainedConfig
 
 from lcprune.cli.training import RecipeCLI
@@ -18,8 +17,6 @@ from lcprune.merging.calibration import Batch
 
 BLOCK = 512
 """Tokens in a block of a text that no recipe goes with, fewer where the model knows fewer positions."""
-OF_FIT = ("ckpt_path", "weights_only", "verbose", "return_predictions")
-"""Keys of a run's recipe.yaml that belong to Lightning's commands, not to what they make."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def of_recipe(path: Path, limit: int | None) -> HeldOutText:
         path: The recipe; a run's own recipe.yaml, too.
         limit: At most so many blocks.
     """
-    cli = RecipeCLI(["--config", _without_fit(path)], run=False)
+    cli = RecipeCLI(["--config", str(path)], run=False)
     trainer, module = cli.trainer, cli.model
     try:
         cli.datamodule.setup()
@@ -100,17 +97,6 @@ def _first(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
             return
         yield {name: tensor[:limit] for name, tensor in batch.items()}
         limit -= len(batch["input_ids"])
-
-
-def _without_fit(path: Path) -> str:
-    """The recipe, or its content where that has keys which only Lightning's commands know."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path} cannot be read ({' '.join(str(error).split())}).") from error
-    if not isinstance(content, dict) or content.keys().isdisjoint(OF_FIT):
-        return str(path)
-    return yaml.safe_dump({key: value for key, value in content.items() if key not in OF_FIT}, sort_keys=False)
 
 
 def _usual_device() -> torch.device:

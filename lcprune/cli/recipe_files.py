@@ -11,6 +11,8 @@ import yaml
 
 from lcprune.errors import InputError
 
+OF_FIT = ("ckpt_path", "weights_only", "verbose", "return_predictions")
+"""Keys of a run's own recipe.yaml that belong to Lightning's commands, not to what they make."""
 SECTIONS = ("model", "data", "trainer", "collapse")
 """What must hold settings, where it is there."""
 
@@ -23,7 +25,7 @@ def check_all(arguments: Sequence[str]) -> None:
     """
     for name, value in zip(arguments, [*arguments[1:], ""], strict=True):
         given = value if name in ("--config", "-c") else name.partition("=")[2] if name.startswith("--config=") else ""
-        if given and Path(given).is_file():
+        if given and _is_file(given):
             check(Path(given))
 
 
@@ -60,6 +62,42 @@ def check(path: Path) -> None:
                 f"The recipe {path} has no settings under {key.value!r} in line {key.start_mark.line + 1}: write each "
                 "on a line of its own, as NAME: VALUE, or leave the section out."
             )
+
+
+def without_fit(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command that is not Lightning's own, with what a run's recipe.yaml says to those left out.
+
+    Args:
+        arguments: With recipes that `check_all` has let through, by --config or -c.
+    """
+    rest, found = list(arguments), list[str]()
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("--config", "-c") and rest:
+            found += [argument, _without_fit(rest.pop(0))]
+        elif argument.startswith("--config="):
+            found += ["--config", _without_fit(argument.partition("=")[2])]
+        else:
+            found.append(argument)
+    return found
+
+
+def _without_fit(recipe: str) -> str:
+    """A recipe by name, or its content where it has keys of Lightning's commands."""
+    if not _is_file(recipe):
+        return recipe
+    content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    if content.keys().isdisjoint(OF_FIT):
+        return recipe
+    return yaml.safe_dump({key: value for key, value in content.items() if key not in OF_FIT}, sort_keys=False)
+
+
+def _is_file(name: str) -> bool:
+    """Whether it names a file; a recipe may be given as its content, too, which is too long for a name."""
+    try:
+        return Path(name).is_file()
+    except OSError:
+        return False
 
 
 def _twice(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.Node]:

@@ -74,7 +74,8 @@ def run(command: str, arguments: list[str]) -> None:
     cli = RecipeCLI([*recipe_arguments, *_trainer(own.device)], run=False)
     plan = _plan(cli, record, given, budget)
     with bars.shown():
-        checkpoint = offline.collapse_checkpoint(source, cli.trainer, cli.model, cli.datamodule, plan)
+        objects = (cli.trainer, cli.model, cli.datamodule)
+        checkpoint = offline.collapse_checkpoint(source, *objects, plan, collapse_of(cli))
     AtomicCheckpointIO().save_checkpoint(checkpoint, out)
     history = Record.of(checkpoint).history
     tables.plan(history)

@@ -102,6 +102,8 @@ class RecipeCLI(LightningCLI):
         self.export_to: Path | None = None
         self.record: checkpoint.Record | None = None
         recipe_files.check_all(arguments)
+        if not run:
+            arguments = recipe_files.without_fit(arguments)
         with _argv(arguments):
             super().__init__(
                 DistillationModule,
@@ -223,8 +225,8 @@ class RecipeCLI(LightningCLI):
             self.record.check_fits(self.model.teacher_name, self.model.fingerprint)
             self.record.check_adapters(None if self.model.lora is None else self.model.lora.record)
             self.record.check_begun(self.model.begun)
-            self.model.resume_from = Path(self._get(self.config, "ckpt_path"))
-        elif is_sharding(self.trainer.strategy) and (path := self._get(self.config, "ckpt_path")):
+            self.model.resume_from = Path(self._get(self.config_init, "ckpt_path"))
+        elif is_sharding(self.trainer.strategy) and (path := self._get(self.config_init, "ckpt_path")):
             raise InputError(
                 f"ckpt_path={path} under ModelParallelStrategy: how many layers to cut into shards has to be known "
                 "before anything is loaded, name the checkpoint's own path."

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from lightning.pytorch import Trainer
 
 from lcprune.distillation.randomness import RngState, rng_state
+from lcprune.distillation.standing import Standing
 from lcprune.errors import RunError
 
 Loops = dict[str, object]
@@ -28,15 +29,17 @@ class StepBoundary:
         self._step = -1  # optimizer steps done when the latest step began
         self._loops: Loops = {}
         self._rng: RngState | None = None
+        self._validations: dict[str, object] = {}
         self._stepping = -1  # as _step, once the optimizer is about to change the weights
         self._changing: str | None = None  # what else is changing them right now
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Trainer, standing: Standing) -> None:
         """To be called at the start of every batch; only that of a step's first one counts."""
         if self._step != trainer.global_step:
             self._step = trainer.global_step
             self._loops = before_batch(trainer.fit_loop.state_dict())
             self._rng = rng_state()
+            self._validations = {"since": standing.since, "pending": standing.pending}
 
     def before_update(self) -> None:
         """From here on the optimizer changes the weights, until the trainer counts the step as done."""
@@ -52,6 +55,15 @@ class StepBoundary:
     def random_state(self, step: int) -> RngState:
         """Of this process, as a checkpoint after so many optimizer steps has to say it."""
         return self._rng if self._rng is not None and step == self._step else rng_state()
+
+    def standing(self, now: dict[str, object], step: int) -> dict[str, object]:
+        """What a checkpoint after so many optimizer steps has to say of validations: those in the step come again.
+
+        Args:
+            now: As `Standing.to_dict`.
+            step: Optimizer steps done.
+        """
+        return {**now, **self._validations} if step == self._step else now
 
     def rewind(self, checkpoint: dict[str, object], step: int) -> None:
         """Makes a checkpoint that is being written say where its weights belong.

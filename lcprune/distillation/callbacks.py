@@ -26,7 +26,7 @@ from lcprune.distillation.merges import measure as measure
 from lcprune.distillation.merges import merge, planning, shown
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Deadline, Schedule, last_known
-from lcprune.distillation.stages import Method, Stage
+from lcprune.distillation.stages import Method, Stage, check_order
 from lcprune.distillation.standing import JUDGE, Standing
 from lcprune.distillation.strategies import check_merges, is_sharding, optimizer_steps, validation_follows
 from lcprune.distillation.triggers import ByTokens, WhenRecovered  # noqa: F401 - short names in recipes
@@ -68,6 +68,7 @@ class ProgressiveCollapse(Callback):
         self.operator = operator if operator is not None else Drop()
         self.refit = refit
         self.stages = tuple(stages or ())
+        check_order(self.stages)
         self.max_perplexity_jump = max_perplexity_jump
         self._step_before = -1
         if max_perplexity_jump is not None and not 1 <= max_perplexity_jump < inf:
@@ -84,6 +85,7 @@ class ProgressiveCollapse(Callback):
         guests.welcome(pl_module)
         if stage != "fit" or self.schedule is None:
             return
+        guests.begin_anew(pl_module)
         if not guests.model_comes_later(pl_module):
             self.check(trainer, _ours(pl_module))
         if not isinstance(trainer.datamodule, CalibrationSource):  # type: ignore[attr-defined]
@@ -210,9 +212,7 @@ class ProgressiveCollapse(Callback):
             )
         self._check_cache(trainer.global_step, module)
         self._merge_if_due(trainer, module)
-        if module.standing.pending and isinstance(
-            module, DistillationModule
-        ):  # the run was stopped between a checkpoint and the validation behind it
+        if module.standing.pending:  # the run was stopped between a checkpoint and the validation behind it
             assert isinstance(module, DistillationModule)
             module.standing.validated(shown(trainer, module)[JUDGE])
         self._look_ahead(trainer, module)
@@ -253,7 +253,8 @@ class ProgressiveCollapse(Callback):
     ) -> None:
         """Merges when this batch has completed an optimizer step and the schedule says so."""
         module = _ours(pl_module)
-        module.standing.read(batch)
+        if isinstance(self.schedule, ByTokens) or isinstance(module, DistillationModule):  # others yield what they like
+            module.standing.read(batch)
         if trainer.global_step != self._step_before:
             module.standing.stepped()
             self._merge_if_due(trainer, module)
@@ -306,8 +307,9 @@ class ProgressiveCollapse(Callback):
                     merge(trainer, module, steps, self.max_perplexity_jump, self.schedule.by_validation)
             else:
                 rank_zero_info(f"step {step}: {self.method(target).planner} found nothing to merge")
-            standing.since = ()
-        standing.asked = (step, facts.tokens)
+            standing.merged(step)
+        else:
+            standing.asked = (step, facts.tokens)
         if step == 1 and isinstance(self.schedule, ByTokens):
             last, _ = self.schedule.milestones(module.begun.depth)[-1]
             beforehand.warn_of_tokens(last, facts.tokens, optimizer_steps(trainer))

@@ -20,7 +20,7 @@ from lcprune import demo
 from lcprune.distillation import adapters, quantized
 from lcprune.distillation.adapters import Lora
 from lcprune.distillation.randomness import RngState
-from lcprune.distillation.storing import check_whole
+from lcprune.distillation.storing import META, check_whole
 from lcprune.distillation.teacher import DtypeName, load
 from lcprune.errors import InputError
 from lcprune.merging import surgery
@@ -40,8 +40,6 @@ FINGERPRINT = (
     "tie_word_embeddings",
 )
 """Config fields by which a checkpoint's teacher is recognised."""
-META = "meta.pt"
-"""What of a distributed checkpoint, which is a folder, is not cut into shards; Lightning's name."""
 PREFIX = "student."
 """What the tensors of DistillationModule's student are called in a state dict, before their own names."""
 

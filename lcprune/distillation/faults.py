@@ -58,23 +58,28 @@ class LossWatch:
         )
 
 
-def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], step: int) -> None:
-    """Before a checkpoint is written.
+def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], trainer: Trainer) -> None:
+    """Before a checkpoint is written; every rank has to ask.
 
     Args:
         parameters: By name; sharded ones are looked at as far as they are here.
-        step: Optimizer steps done.
+        trainer: Of the run.
 
     Raises:
-        RunError: One of them holds NaN or infinity.
+        RunError: One of them holds NaN or infinity, here or on another rank.
     """
-    for name, parameter in parameters:
-        values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise RunError(
-                f"after optimizer step {step} {name} is not finite: its gradient overflowed; nothing was saved and the "
-                f"last checkpoint is good: {ADVICE}."
-            )
+    bad = next((name for name, parameter in parameters if not _is_finite(parameter)), None)
+    if trainer.strategy.reduce_boolean_decision(bad is None, all=True):
+        return
+    raise RunError(
+        f"after optimizer step {trainer.global_step} {bad or 'a weight of another rank'} is not finite: its gradient "
+        f"overflowed; nothing was saved and the last checkpoint is good: {ADVICE}."
+    )
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return not values.is_floating_point() or bool(torch.isfinite(values).all())
 
 
 def _blocks(trainer: Trainer, batch: int) -> str:

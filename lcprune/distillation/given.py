@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lcprune.distillation.levels import Level
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.pair import storages
+from lcprune.distillation.strategies import is_sharding
 from lcprune.distillation.teacher import cast, load
 from lcprune.errors import InputError
 from lcprune.merging import surgery
@@ -64,6 +65,19 @@ class GivenModels(DistillationModule):
         history = self.given_history if self.given_history is not None else MergeHistory(depth)
         steps = tuple(replace(step, global_step=None) for step in history.steps)
         return replace(history, steps=steps, teacher=self.teacher_name)
+
+    def check_source(self) -> None:
+        """A teacher in memory is not read again, nor is its folder, which may be gone."""
+        if not self.given_teacher:
+            super().check_source()
+
+    def check_sharding(self) -> None:
+        """Raises InputError for a strategy that shards the models, which would be loaded by name again in the end."""
+        if is_sharding(self.trainer.strategy):
+            raise InputError(
+                "trainer.strategy=ModelParallelStrategy does not work with models that are in memory: name both in a "
+                "DistillationModule, or use one device or ddp."
+            )
 
     def load_models(self, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
         """The teacher, and the given student on the device."""

@@ -14,6 +14,7 @@ What is learned, by what, and which Parameters are trained stays the module's ow
 planner compares with, and a refit aims at, the model as it stands before the merge.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -23,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lcprune.distillation.beginning import Reference
 from lcprune.distillation.boundary import StepBoundary
-from lcprune.distillation.checkpoint import KEY, Record, fingerprint_of
+from lcprune.distillation.checkpoint import KEY, Fingerprint, Record, fingerprint_of
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.phases import Begin, Phase
 from lcprune.distillation.randomness import restore_rng_state, rng_state, states_of_ranks
@@ -37,8 +38,9 @@ from lcprune.merging.lineage import Lineage, MergeHistory
 
 STUDENT, HISTORY = "student", "history"
 """Attributes of a user's module: its model, and how it came to be."""
-RANDOMNESS, STANDING = "_lcprune_rng", "_lcprune_standing"
-"""Attributes that are ours: the random state that a resumed run begins with, and where the run stands."""
+RANDOMNESS, STANDING, BOUNDARY = "_lcprune_rng", "_lcprune_standing", "_lcprune_boundary"
+"""Attributes that are ours: the random state that a resumed run begins with, where the run stands, and whether its
+weights are just being changed."""
 
 
 class Guest:
@@ -63,7 +65,6 @@ class Guest:
     def __init__(self, module: LightningModule) -> None:
         self.module = module
         self.next_merge: int | None = None
-        self.boundary = StepBoundary()
         models = {name: child for name, child in module.named_children() if isinstance(child, PreTrainedModel)}
         if STUDENT not in models and len(models) != 1:
             found = f"several ({', '.join(models)})" if models else "none among its attributes"
@@ -104,6 +105,13 @@ class Guest:
         vars(self.module)[STANDING] = standing
 
     @property
+    def boundary(self) -> StepBoundary:
+        """Whether layers are merging right now: then there is nothing to save."""
+        boundary = vars(self.module).setdefault(BOUNDARY, StepBoundary())
+        assert isinstance(boundary, StepBoundary)
+        return boundary
+
+    @property
     def begun(self) -> MergeHistory:
         """The history without this run's merges."""
         history = self.history
@@ -135,13 +143,17 @@ class Guest:
             restore_rng_state(state)
 
     @property
+    def fingerprint(self) -> Fingerprint:
+        """What a checkpoint must have in common with the model that training began with."""
+        return fingerprint_of(self.student.config) | {"num_hidden_layers": self.history.teacher_depth}
+
+    @property
     def record(self) -> Record:
         """What a checkpoint has to say beside the weights."""
         name = str(self.student.dtype).removeprefix("torch.")
         dtype: DtypeName = next((known for known in DTYPES if known == name), "float32")
-        fingerprint = fingerprint_of(self.student.config) | {"num_hidden_layers": self.history.teacher_depth}
         states, standing = states_of_ranks(rng_state()), self.standing.to_dict()
-        return Record(self.history, fingerprint, dtype, states, standing=standing, prefix=f"{self.name}.")
+        return Record(self.history, self.fingerprint, dtype, states, standing=standing, prefix=f"{self.name}.")
 
     def restore(self, record: Record) -> None:
         """Gives the student the structure that a checkpoint's weights have.
@@ -149,7 +161,7 @@ class Guest:
         Raises:
             InputError: If it was written from another model, or this one has merged otherwise.
         """
-        record.check_fits(self.history.teacher, self.record.fingerprint)
+        record.check_fits(self.history.teacher, self.fingerprint)
         rest = record.history.after(self.history)
         if rest is None:
             raise InputError(
@@ -181,9 +193,18 @@ def welcome(module: LightningModule) -> None:
         module.on_load_checkpoint = partial(_load, module)  # type: ignore[method-assign]
 
 
+def begin_anew(module: LightningModule) -> None:
+    """Makes the merges that a user's module comes with those of before this run."""
+    if not isinstance(module, DistillationModule) and isinstance(history := vars(module).get(HISTORY), MergeHistory):
+        steps = tuple(replace(step, global_step=None) for step in history.steps)
+        vars(module)[HISTORY] = replace(history, steps=steps)
+
+
 def _save(module: LightningModule, checkpoint: dict[str, object]) -> None:
     type(module).on_save_checkpoint(module, checkpoint)
-    checkpoint[KEY] = Guest(module).record.to_dict()
+    guest = Guest(module)
+    guest.boundary.rewind(checkpoint, module.trainer.global_step)
+    checkpoint[KEY] = guest.record.to_dict()
 
 
 def _load(module: LightningModule, checkpoint: dict[str, object]) -> None:

@@ -188,7 +188,7 @@ class DistillationModule(Resumable):
 
     def setup(self, stage: str) -> None:
         """Before weights are loaded, refuses what training could not begin or go on with."""
-        weights.check(self.teacher_name)
+        self.check_source()
         beforehand.check_documents(self.teacher_config, self.trainer.datamodule)  # type: ignore[attr-defined]
         self.check_sharding()
         if stage == "fit":
@@ -199,6 +199,10 @@ class DistillationModule(Resumable):
             source = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.cache is not None and isinstance(source, TrainingBlocks):
                 self.cache.check_blocks(source.training_blocks())
+
+    def check_source(self) -> None:
+        """Raises InputError if the teacher's weights cannot be read from where its name says."""
+        weights.check(self.teacher_name)
 
     def check_sharding(self) -> None:
         """Raises InputError if the trainer's strategy shards the models and that does not go with other settings."""
@@ -264,6 +268,23 @@ class DistillationModule(Resumable):
         """Raises InputError for an optimizer or a scheduler that cannot be brought across a merge."""
         optim.check(beforehand.try_out(self.make_optimizer, self.make_scheduler))
 
+    def check_trains(self) -> None:
+        """Raises InputError if the phase that is on has nothing to train, as the student stands."""
+        what = self.now.phase.trained(self.train_usually)
+        if trained_room.trained_layers(what, self.history.lineage):
+            return
+        if self.standing.refused:
+            steps = ", ".join(map(str, self.standing.refused))
+            raise InputError(
+                f"train={what} has nothing to train, because the merge at step {steps} is undone: raise "
+                "collapse.max_perplexity_jump, merge more gently (collapse.refit, fewer layers at a time), or train "
+                "all or layers."
+            )
+        raise InputError(
+            f"train={what} trains nothing before the first merge: merge at step 0 (collapse.schedule.first: 0), or "
+            "train all or layers until then."
+        )
+
     def choose_trained(self) -> None:
         """Makes trainable what the phase that is on, and the merges so far, say; after a merge it has to be asked."""
         assert self.teacher is not None
@@ -275,7 +296,9 @@ class DistillationModule(Resumable):
             trained_room.train(self.student, self.teacher.model, chosen, self._trained_dtype(what))
         if not chosen and self._trainer is not None and is_ddp(self._trainer.strategy):
             # DDP wraps no module without a trained Parameter; it is wrapped anew when a merge has given it some.
-            min(self.student.parameters(), key=lambda parameter: parameter.numel()).requires_grad_()
+            stand_in = min(self.student.parameters(), key=lambda parameter: parameter.numel())
+            trained_room.own(stand_in)
+            stand_in.requires_grad_()
         self._training = what
         self._prefix_is_original &= what in trained_room.BESIDE_PREFIX
 
@@ -316,8 +339,9 @@ class DistillationModule(Resumable):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """At the turn of a phase, chooses anew what is trained."""
-        self.boundary.begin(self.trainer)
+        self.boundary.begin(self.trainer, self.standing)
         if self.now.phase.trained(self.train_usually) != self._training:
+            self.check_trains()
             self.choose_trained()
             parameters_changed(self.trainer.strategy)
 
@@ -367,12 +391,7 @@ class DistillationModule(Resumable):
 
     def on_train_start(self) -> None:
         """Continues the random numbers of an interrupted run, and a cosine whose length the run decides."""
-        what = self.now.phase.trained(self.train_usually)
-        if not trained_room.trained_parameters(self.student, what, self.history.lineage):
-            raise InputError(
-                f"train={self._training} trains nothing before the first merge: merge at step 0 "
-                "(collapse.schedule.first: 0), or train all or layers until then."
-            )
+        self.check_trains()
         self.check_cache([self.history.lineage])
         averaging.begin(self.trainer)
         # A run that was interrupted may have left tokens and losses in them.

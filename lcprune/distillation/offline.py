@@ -47,8 +47,8 @@ class _Done(Exception):
 class _Surgery(Callback):
     """Merges where the first batch would begin, takes down what has changed, and ends the run."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, collapse: ProgressiveCollapse) -> None:
+        self.plan, self.collapse = plan, collapse
         self.changed: Checkpoint = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,14 +57,27 @@ class _Surgery(Callback):
         steps = self.plan(trainer, pl_module)
         if not steps:
             raise InputError("The planner found nothing to merge: name another one, or give --plan.")
-        merge(trainer, pl_module, steps)
+        limit, schedule = self.collapse.max_perplexity_jump, self.collapse.schedule
+        refused = pl_module.standing.refused
+        merge(trainer, pl_module, steps, limit, schedule is not None and schedule.by_validation)
+        if pl_module.standing.refused != refused:
+            raise InputError(
+                "The merge multiplies the calibration perplexity by more than "
+                f"collapse.max_perplexity_jump={limit}, so nothing is written: raise that, merge fewer layers at a "
+                "time, or name another planner, operator or refit."
+            )
         pl_module.standing.merged(trainer.global_step)
         self.changed = _changed(trainer, pl_module)
         raise _Done
 
 
 def collapse_checkpoint(
-    source: Path, trainer: Trainer, module: DistillationModule, data: LightningDataModule, plan: Plan
+    source: Path,
+    trainer: Trainer,
+    module: DistillationModule,
+    data: LightningDataModule,
+    plan: Plan,
+    collapse: ProgressiveCollapse,
 ) -> Checkpoint:
     """The checkpoint that a run would have written if it had merged right before.
 
@@ -75,8 +88,12 @@ def collapse_checkpoint(
         module: As the run had it, without weights so far.
         data: As the run had it: for the plan, a refit, and the figures after the merge.
         plan: Of the merges.
+        collapse: As the run has it: what a merge may cost, and by what recovery is judged afterwards.
+
+    Raises:
+        InputError: The merge costs more than it may.
     """
-    surgery = _Surgery(plan)
+    surgery = _Surgery(plan, collapse)
     trainer.callbacks = [surgery]  # type: ignore[attr-defined]
     with suppress(_Done), warnings.catch_warnings():
         # Their states are handed on without them.

@@ -119,8 +119,9 @@ class Resumable(Evaluated):
         """Adds history, the teacher's fingerprint and every rank's random state, as plain data."""
         step = self.trainer.global_step
         self.boundary.rewind(checkpoint, step)
-        check_weights(self.student.named_parameters(), step)
-        states, standing = states_of_ranks(self.boundary.random_state(step)), self.standing.to_dict()
+        check_weights(self.student.named_parameters(), self.trainer)
+        states = states_of_ranks(self.boundary.random_state(step))
+        standing = self.boundary.standing(self.standing.to_dict(), step)
         record = Record(self.history, self.fingerprint, self.weights_dtype, states, standing=standing)
         if self.lora is not None:
             # What is still packed as it was loaded is loaded again.

@@ -55,7 +55,8 @@ class SaveOnSignal(Callback):
         self._step_before = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a place in front of a callback that changes the student."""
+        """Refuses a place in front of a callback that changes the student; a new run has been told nothing yet."""
+        self._terminated, self._wanted = False, set()
         after = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         late = next((type(each).__name__ for each in after if type(each).__name__ == "ProgressiveCollapse"), None)
         if late is not None:
@@ -84,12 +85,13 @@ class SaveOnSignal(Callback):
         """Where this batch has completed an optimizer step, does what a signal has asked for."""
         if trainer.global_step == self._step_before:
             return
-        if not _anyone(trainer, self._terminated or bool(self._wanted)):
+        asked = set(self._wanted)  # what comes from now on is answered behind the next step
+        if not _anyone(trainer, self._terminated or bool(asked)):
             return
-        if self._deferred and _anyone(trainer, bool(self._wanted)):
-            for number in sorted(self._deferred):  # once: a rank that is told later has done it with the others
+        for number in sorted(self._deferred):
+            if _anyone(trainer, number in asked):  # once: a rank that is told later has done it with the others
                 self._deferred.pop(number)(number, None)
-            self._wanted.clear()
+        self._wanted -= asked
         if _anyone(trainer, self._terminated):
             path = _folder(trainer) / FILE
             trainer.save_checkpoint(path)

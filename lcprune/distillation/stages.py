@@ -58,6 +58,13 @@ def method(stages: Sequence[Stage], usual: Method, target: int) -> Method:
     return Method(stage.planner or usual.planner, stage.operator or usual.operator, stage.refit or usual.refit)
 
 
+def check_order(stages: Sequence[Stage]) -> None:
+    """Raises InputError for stages that are out of order."""
+    ends = [stage.until_depth for stage in stages]
+    if ends != sorted(set(ends), reverse=True):
+        raise InputError(f"collapse.stages: until_depth={ends} must fall from stage to stage.")
+
+
 def check(stages: Sequence[Stage], depths: Sequence[int]) -> None:
     """Raises InputError for stages that are out of order, or that no merge is made in.
 
@@ -65,9 +72,8 @@ def check(stages: Sequence[Stage], depths: Sequence[int]) -> None:
         stages: Of a run.
         depths: That its schedule merges down to.
     """
+    check_order(stages)
     ends = [stage.until_depth for stage in stages]
-    if ends != sorted(set(ends), reverse=True):
-        raise InputError(f"collapse.stages: until_depth={ends} must fall from stage to stage.")
     above = float("inf")
     for end in ends:
         if not any(end <= depth < above for depth in depths):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lcprune.distillation.schedules import Facts
+from lcprune.errors import InputError
 from lcprune.merging.calibration import Batch, mask_of
 from lcprune.merging.lineage import MergeHistory
 
@@ -69,7 +70,7 @@ class Standing:
         self.since, self.pending = (*self.since, perplexity), False
 
     def facts(self, step: int, history: MergeHistory, begun: int) -> Facts:
-        """All that a schedule may look at.
+        """All that a schedule may look at; ranks meet in here.
 
         Args:
             step: Optimizer steps done.
@@ -106,6 +107,15 @@ class Standing:
 
 
 def tokens_of(batch: Batch) -> int | Tensor:
-    """Tokens of a batch that are not padding, of prompts too."""
+    """Tokens of a batch that are not padding, of prompts too.
+
+    Raises:
+        InputError: The batch is not one of a language model, with `input_ids`.
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise InputError(
+            f"ByTokens counts the `input_ids` of every batch, and this one is a {type(batch).__name__} without: let "
+            "the data module yield dictionaries with input_ids, or merge at steps (Evenly, AtSteps)."
+        )
     mask = mask_of(batch)
     return batch["input_ids"].numel() if mask is None else mask.sum()

@@ -14,6 +14,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from lcprune.files import left_behind, replacing
 
 SUFFIX = ".ckpt"
 """Of every checkpoint file."""
+META, SHARDS = "meta.pt", ".metadata"
+"""In the folder of a checkpoint in shards: everything else, and where the shards' pieces belong."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -102,7 +105,21 @@ def check_whole(path: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, in a few words; None = nothing."""
+    """What is wrong with a checkpoint, in a few words; None = nothing.
+
+    Args:
+        path: A file, or a folder with one in shards, of which only what is not in shards has checksums.
+    """
+    if path.is_dir():
+        # Written last: what says where the pieces of every tensor are.
+        return damage(path / META) if (path / SHARDS).is_file() else f"{SHARDS} is missing, so it was not written whole"
+    at = path.stat() if path.exists() else None
+    return _damage(path, *((at.st_size, at.st_mtime_ns) if at else (0, 0)))
+
+
+@lru_cache
+def _damage(path: Path, size: int, written: int) -> str | None:
+    """Looked at once: every reader asks, and eight billion parameters take minutes."""
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
@@ -125,11 +142,15 @@ def newest_whole(folder: Path, but: Path | None = None) -> tuple[Path | None, li
 def first_whole(paths: Iterable[Path]) -> tuple[Path | None, list[Path]]:
     """As `newest_whole`, among these files."""
     skipped: list[Path] = []
-    for path in sorted((path for path in paths if path.is_file()), key=_written, reverse=True):
+    for path in sorted((path for path in paths if _is_checkpoint(path)), key=_written, reverse=True):
         if damage(path) is None:
             return path, skipped
         skipped.append(path)
     return None, skipped
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_file() or (path / META).is_file()
 
 
 def _written(path: Path) -> float:

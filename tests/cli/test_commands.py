@@ -258,3 +258,13 @@ def test_warning_is_one_line_without_its_place_in_the_code(monkeypatch: pytest.M
     quieten()
     shown = warnings.formatwarning("no merge\n is due", UserWarning, "module.py", 3, "rank_zero_warn(")
     assert shown == "warning: no merge is due\n"
+
+
+def test_recipe_of_a_run_serves_the_commands_that_do_not_train(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = finished / "run" / "recipe.yaml"
+    assert "ckpt_path" in recipe.read_text(encoding="utf-8")
+    assert main(["plan", "--config", str(recipe)]) == 0
+    assert main(["plan", "--config", recipe.read_text(encoding="utf-8").partition("out: null")[0]]) == 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lcprune import AtSteps, DistillationModule, Drop, FixedPlan, ProgressiveCol
 from lcprune.distillation import optim
 from lcprune.distillation.boundary import StepBoundary, before_batch
 from lcprune.distillation.checkpoint import read
+from lcprune.distillation.standing import Standing
 from lcprune.errors import RunError
 from tests.distillation import runs
 
@@ -175,3 +177,13 @@ def test_state_before_a_batch_is_one_batch_back():
     }
     assert back["state_dict"] == {"combined_loader": [{**position, "batch": 3}, {"of": "another kind"}]}
     assert position["batch"] == 4
+
+
+def test_validation_inside_a_step_comes_again_with_the_step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lcprune.distillation.boundary.before_batch", lambda loops: loops)
+    boundary, standing = StepBoundary(), Standing(since=(3.0,))
+    trainer = SimpleNamespace(global_step=4, fit_loop=SimpleNamespace(state_dict=dict))
+    boundary.begin(trainer, standing)  # type: ignore[arg-type]
+    standing.validated(2.0)
+    assert boundary.standing(standing.to_dict(), 4)["since"] == (3.0,)
+    assert boundary.standing(standing.to_dict(), 5)["since"] == (3.0, 2.0)

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lcprune import AtSteps, Evenly, FixedPlan, InputError, MergeHistory, MergeStep, ProgressiveCollapse, RidgeRefit
 from lcprune.distillation.checkpoint import load_student
 from lcprune.distillation.guests import Guest
+from lcprune.distillation.triggers import ByTokens
+from lcprune.errors import RunError
 from lcprune.merging.calibration import Batch
 from tests.builders import tiny_llama
 from tests.distillation.runs import checkpoints_in, data_for, equal, save_teacher, trainer_for, weights_of, write_text
@@ -177,3 +180,53 @@ def test_guest_target_depth_that_does_not_fit_is_refused_before_training(teacher
     with pytest.raises(InputError, match="must lie between 1 and 5"):
         trainer.fit(Mine(teacher), datamodule=data_for(teacher, text))
     assert trainer.global_step == 0
+
+
+class OnTuples(Mine):
+    """A step that takes what its own loader yields."""
+
+    validation_step = LightningModule.validation_step
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.model(batch[0], labels=batch[0]).loss
+
+
+class Tuples(LightningDataModule):
+    """Batches that are lists of tensors."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(TensorDataset(self.blocks), batch_size=2)
+
+    def calibration_batches(self) -> list[Batch]:
+        return [{"input_ids": self.blocks[:2]}]
+
+
+def test_guest_may_have_batches_of_any_form_unless_tokens_are_counted(teacher: Path, tmp_path: Path):
+    data = Tuples(torch.randint(2, 90, (12, 16), generator=torch.Generator().manual_seed(0)))
+    trainer_for(tmp_path, collapse(), max_steps=5, limit_val_batches=0).fit(module := OnTuples(teacher), data)
+    assert module.history.depth == 4
+    by_tokens = ProgressiveCollapse(ByTokens(AtSteps({64: 5})))
+    with pytest.raises(InputError, match="ByTokens counts the `input_ids` of every batch, and this one is a list"):
+        trainer_for(tmp_path, by_tokens, max_steps=5, limit_val_batches=0).fit(OnTuples(teacher), data)
+
+
+def test_guest_that_is_just_merging_is_not_saved(teacher: Path, text: Path, tmp_path: Path):
+    trainer = run(module := Mine(teacher), tmp_path, teacher, text, max_steps=5)
+    with pytest.raises(RunError, match="A merge was changing"), Guest(module).boundary.changing("A merge"):
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+    assert not (tmp_path / "half.ckpt").exists()
+
+
+def test_merges_of_an_earlier_run_are_not_this_runs(teacher: Path, text: Path, tmp_path: Path):
+    once = ProgressiveCollapse(AtSteps({2: 5}), planner=FixedPlan([[1, 2]]))
+    trainer_for(tmp_path / "first", once, max_steps=3).fit(first := Mine(teacher), data_for(teacher, text))
+    again = trainer_for(
+        tmp_path, ProgressiveCollapse(AtSteps({2: 4}), planner=FixedPlan([[1, 2], [3, 4]])), max_steps=3
+    )
+    again.fit(first, data_for(teacher, text))
+    assert [step.global_step for step in first.history.steps] == [None, 2]
+    assert first.history.depth == 4

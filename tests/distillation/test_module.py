@@ -165,3 +165,15 @@ def test_scheduler_without_an_end_refuses_or_runs_without_limit(tiny_folder: Pat
     trainer = runs.trainer_for(tmp_path, Stop(), max_steps=-1, max_epochs=-1)
     trainer.fit(runs.student_of(tiny_folder), datamodule=runs.data_for(tiny_folder, text))
     assert trainer.global_step == 2
+
+
+def test_what_stands_in_for_a_merged_layer_under_ddp_is_not_the_teachers(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lcprune.distillation.module.is_ddp", lambda strategy: True)
+    module = runs.student_of(tiny_folder, train="merged")
+    module.trainer = runs.trainer_for(tiny_folder)
+    module.configure_model()
+    (stand_in,) = (parameter for parameter in module.student.parameters() if parameter.requires_grad)
+    assert module.teacher is not None
+    assert stand_in.data_ptr() not in {parameter.data_ptr() for parameter in module.teacher.model.parameters()}

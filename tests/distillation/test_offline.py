@@ -67,9 +67,17 @@ def trained(
     return load_file(folder / "last.ckpt")
 
 
-def merged(source: Path, module: DistillationModule, text: Path, plan: offline.Plan, **settings: object):
+def merged(
+    source: Path,
+    module: DistillationModule,
+    text: Path,
+    plan: offline.Plan,
+    collapse: ProgressiveCollapse | None = None,
+    **settings: object,
+):
     trainer = runs.trainer_for(source.parent, max_steps=-1, **settings)
-    return offline.collapse_checkpoint(source, trainer, module, runs.data_for(Path(module.teacher_name), text), plan)
+    data = runs.data_for(Path(module.teacher_name), text)
+    return offline.collapse_checkpoint(source, trainer, module, data, plan, collapse or ProgressiveCollapse())
 
 
 def same(left: object, right: object) -> bool:
@@ -182,3 +190,10 @@ def test_checkpoint_that_no_run_can_go_on_from_is_refused(
     torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.raises(InputError, match=sentence):
         offline.check(tmp_path / "other.ckpt")
+
+
+def test_merge_in_a_checkpoint_that_costs_too_much_is_refused(twice: Path, tiny_folder: Path, text: Path):
+    plan = offline.given((MergeStep((2, 3), {"class_path": "Drop"}, (1.0, 0.0)),))
+    student = runs.student_of(tiny_folder)
+    with pytest.raises(InputError, match=r"more than collapse\.max_perplexity_jump=1\.0, so nothing is written"):
+        merged(twice, student, text, plan, ProgressiveCollapse(max_perplexity_jump=1.0))

@@ -16,6 +16,8 @@ from lcprune.distillation.signals import SaveOnSignal, Terminated
 from lcprune.errors import InputError
 from tests.distillation import runs
 
+USER = (signal.SIGUSR1, signal.SIGUSR2)
+
 
 @pytest.fixture(scope="module")
 def dropping(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -100,6 +102,17 @@ def test_what_another_handler_would_do_at_once_is_done_behind_the_step(dropping:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert steps == [5]  # once
+
+
+def test_signal_is_answered_by_its_own_handler_alone(dropping: Path, text: Path, tmp_path: Path):
+    called: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: called.append(number)) for number in USER}
+    try:
+        _fit(tmp_path, dropping, text, Told(4, signal.SIGUSR1))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert called == [signal.SIGUSR1]
 
 
 def test_place_before_the_merges_is_refused(dropping: Path, text: Path, tmp_path: Path):

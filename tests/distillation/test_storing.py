@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcprune.distillation.storing import AtomicCheckpointIO, check_whole, damage, newest_whole
+from lcprune.distillation.storing import META, SHARDS, AtomicCheckpointIO, check_whole, damage, newest_whole
 from lcprune.errors import DiskError, InputError
 
 CONTENT = {"a": torch.arange(3000.0), "b": [1, 2, {"x": "y"}], "c": torch.arange(7)}
@@ -174,3 +174,15 @@ def test_checkpoint_is_read_as_plain_data(tmp_path: Path):
 def test_file_that_is_not_local_goes_lightnings_way():
     AtomicCheckpointIO().save_checkpoint(CONTENT, "memory://run/last.ckpt")
     assert _same(AtomicCheckpointIO().load_checkpoint("memory://run/last.ckpt"))
+
+
+@pytest.mark.parametrize(("files", "whole"), [((META, SHARDS), True), ((META,), False), ((SHARDS,), None)])
+def test_checkpoint_in_shards_is_whole_once_it_says_where_they_belong(
+    tmp_path: Path, files: tuple[str, ...], whole: bool | None
+):
+    folder = tmp_path / "last.ckpt"
+    folder.mkdir()
+    for name in files:
+        with (folder / name).open("wb") as file:
+            torch.save(CONTENT, file)
+    assert newest_whole(tmp_path) == {True: (folder, []), False: (None, [folder]), None: (None, [])}[whole]

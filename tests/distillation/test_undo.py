@@ -15,6 +15,7 @@ from lcprune import (
     FixedPlan,
     Logits,
     MagnitudeCompensation,
+    Phase,
     ProgressiveCollapse,
     RidgeRefit,
 )
@@ -152,3 +153,13 @@ def test_limit_is_held_against_the_student_before_the_merge_on_calibration_text(
 def test_limit_that_is_none_is_refused(jump: float):
     with pytest.raises(InputError, match="max_perplexity_jump="):
         limited({3: 5}, max_perplexity_jump=jump)
+
+
+def test_phase_that_an_undone_merge_leaves_with_nothing_to_train_says_why(
+    tiny_folder: Path, fit: Callable[..., Ending], measured: Callable[..., None]
+):
+    measured(REFUSING)
+    phases = [Phase([Logits()], steps=4), Phase([Logits()], train="merged")]
+    collapse = ProgressiveCollapse(AtSteps({3: 5}), planner=FixedPlan([[1, 2]]), max_perplexity_jump=1.5)
+    with pytest.raises(InputError, match=r"nothing to train, because the merge at step 3 is undone: raise"):
+        fit(tiny_folder, collapse, model={"objective": None, "phases": phases, "phases_begin": "run"})
