@@ -224,9 +224,7 @@ def test_guest_that_is_just_merging_is_not_saved(teacher: Path, text: Path, tmp_
 def test_merges_of_an_earlier_run_are_not_this_runs(teacher: Path, text: Path, tmp_path: Path):
     once = ProgressiveCollapse(AtSteps({2: 5}), planner=FixedPlan([[1, 2]]))
     trainer_for(tmp_path / "first", once, max_steps=3).fit(first := Mine(teacher), data_for(teacher, text))
-    again = trainer_for(
-        tmp_path, ProgressiveCollapse(AtSteps({2: 4}), planner=FixedPlan([[1, 2], [3, 4]])), max_steps=3
-    )
-    again.fit(first, data_for(teacher, text))
+    more = ProgressiveCollapse(AtSteps({2: 4}), planner=FixedPlan([[1, 2], [3, 4]]))
+    trainer_for(tmp_path, more, max_steps=3).fit(first, data_for(teacher, text))
     assert [step.global_step for step in first.history.steps] == [None, 2]
     assert first.history.depth == 4
