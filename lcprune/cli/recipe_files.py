@@ -83,11 +83,12 @@ def without_fit(arguments: Sequence[str]) -> list[str]:
 
 
 def _without_fit(recipe: str) -> str:
-    """A recipe by name, or its content where it has keys of Lightning's commands."""
-    if not _is_file(recipe):
-        return recipe
-    content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
-    if content.keys().isdisjoint(OF_FIT):
+    """A recipe as it was given, by name or as its content, or as content where it has keys of Lightning's commands."""
+    try:
+        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8") if _is_file(recipe) else recipe)
+    except yaml.YAMLError:
+        return recipe  # content that the parser refuses
+    if not isinstance(content, dict) or content.keys().isdisjoint(OF_FIT):
         return recipe
     return yaml.safe_dump({key: value for key, value in content.items() if key not in OF_FIT}, sort_keys=False)
 
