@@ -305,6 +305,7 @@ class ProgressiveCollapse(Callback):
             if steps:
                 with module.boundary.changing("A merge"):
                     merge(trainer, module, steps, self.max_perplexity_jump, self.schedule.by_validation)
+                sharded.let_go(module.student)
             else:
                 rank_zero_info(f"step {step}: {self.method(target).planner} found nothing to merge")
             standing.merged(step)

@@ -13,6 +13,7 @@ computed on every process, agree bit for bit (a refit's are those of rank 0), an
 Parameters are the same objects afterwards, as optimizer and FSDP hold on to them.
 """
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -155,6 +156,16 @@ def _forget(student: nn.Module, gone: Sequence[FSDPModule]) -> None:
         for ahead in (state._states_to_forward_prefetch, state._states_to_backward_prefetch):
             ahead[:] = [other for other in ahead if id(other) not in states]
     root._comm_ctx.post_forward_order.clear()  # of passes that are over; one without a backward pass leaves it full
+
+
+def let_go(student: nn.Module) -> None:
+    """Frees the layers that have left a sharded model; without it they wait for Python's collector of circles.
+
+    FSDP's records of a layer refer to each other, and what they hold is found only once they are gone.
+    """
+    if is_sharded(student):
+        gc.collect()
+        gc.collect()
 
 
 def full_state(student: PreTrainedModel) -> dict[str, Tensor]:

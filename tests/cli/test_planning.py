@@ -22,7 +22,7 @@ def config(tmp_path: Path) -> str:
 
 def test_plan_prints_depths_phases_and_memory(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "--config", config]) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())  # long lines are wrapped
     for words in (
         "6 layers",
         "depth over time",

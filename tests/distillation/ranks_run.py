@@ -104,7 +104,6 @@ class Watch(Callback):
 
 def alive() -> int:
     """Bytes of all tensors of this process, every storage once; of a sharded one what lies here."""
-    gc.collect()
     storages = {}
     for thing in gc.get_objects():
         if isinstance(thing, Tensor) and type(thing).__name__ != "DTensor":
