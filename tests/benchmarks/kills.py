@@ -1,4 +1,4 @@
-"""A run killed at random instants, again and again: `python tests/benchmarks/kills.py [--kills 50 --processes 2]`.
+"""A run killed at random instants, again and again: `python tests/benchmarks/kills.py [--kills 50]`.
 
     whole      nobody stops it: its weights are what every other run has to end with
     killed     SIGKILL at an instant drawn from 1.5 times the length of a whole run, then on from the newest whole
@@ -6,7 +6,8 @@
 
 Six layers of a tiny Llama with dropout become three in three merges, two phases after each, two micro-batches a step,
 epochs that end within; a checkpoint at every step (`last.ckpt`, replaced) and at every second (kept). With several
-processes one of them is killed, and the others must end by themselves. Processes are forked from one that has imported
+(`--processes 2 --strategy fsdp`: FSDP2; `fsdp-distributed`: its checkpoints in shards too) one process is killed, and
+the others must end by themselves. Processes are forked from one that has imported
 everything, so a kill costs seconds. The last line is one JSON object.
 """
 
@@ -37,6 +38,7 @@ from lcprune.cli.ranks import end_with_launcher
 from lcprune.distillation.storing import AtomicCheckpointIO, newest_whole
 from lcprune.merging.operators import WeightedAverage
 from tests.distillation import runs
+from tests.distillation.ranks_run import full, strategy_of
 
 ENDED = "weights"
 """File of a run that has reached its end: the hash of its weights."""
@@ -120,13 +122,13 @@ class Bench:
         if self._ranks > 1:
             os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             os.environ |= {"NODE_RANK": "0", "WORLD_SIZE": str(self._ranks)}
-            settings = {"strategy": self.given.strategy, "devices": self._ranks}
+            settings = {"strategy": strategy_of(self.given.strategy), "devices": self._ranks}
             end_with_launcher()
         torch.manual_seed(random.SystemRandom().randrange(2**31))  # all that matters must come from the checkpoint
         path, _ = newest_whole(folder)
         if path is None:
             torch.manual_seed(0)
-        # DDP wants something to train before the merge at step 0, where Local has no merged layer yet.
+        # DDP and FSDP want something to train before the merge at step 0, where Local has no merged layer yet.
         first = Local() if self._ranks == 1 else Logits()
         phases = [Phase([first], steps=1), Phase([Logits(), Boundary(0.5)])]
         module = runs.student_of(self.teacher, objective=None, phases=phases)
@@ -142,10 +144,12 @@ class Bench:
             **settings,
         )
         data = runs.data_for(self.teacher, self.text, validation_fraction=0.15, validation_blocks=2)
-        trainer.fit(module, datamodule=data, ckpt_path=path)
+        if path is not None:
+            trainer.ckpt_path = str(path)  # FSDP2 has to know it before it loads
+        trainer.fit(module, datamodule=data)
         digest = hashlib.sha256(module.history.digest.encode())
         for name, weight in runs.weights_of(module).items():
-            digest.update(name.encode() + weight.numpy().tobytes())
+            digest.update(name.encode() + full(weight).numpy().tobytes())
         assert module.history.depth == 3
         (folder / f"{ENDED}{rank}").write_text(digest.hexdigest())
 
@@ -244,7 +248,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="how many")
     parser.add_argument("--processes", type=int, default=1, help="of one run; one of them is killed")
-    parser.add_argument("--strategy", default="ddp", help="Lightning's, of several processes")
+    parser.add_argument(
+        "--strategy", default="ddp", choices=["ddp", "fsdp", "fsdp-distributed"], help="of several processes"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
