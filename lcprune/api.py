@@ -174,7 +174,7 @@ class _Learning:
         return [Logits(), Boundary(0.5)] if self.given is None else self.given
 
     def optimizer(self, parameters: Iterable[Parameter]) -> Optimizer:
-        return torch.optim.AdamW(parameters, lr=self.rate, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=self.rate, weight_decay=0.0, fused=True)
 
     def lr_scheduler(self, optimizer: Optimizer) -> RewarmingCosine:
         return RewarmingCosine(optimizer, warmup_steps=self.steps // 10, rewarm_steps=self.steps // 50)

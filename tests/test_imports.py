@@ -20,7 +20,7 @@ ROOMS = {
     "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
     "search budget within collapse shards streaming heatmaps",
     "distillation": "schedules triggers standing stages accumulation strategies randomness storing boundary faults "
-    "signals divergences buckets head fused losses metrics levels trained passes quantized adapters "
+    "signals stepping divergences buckets head fused losses metrics levels trained passes quantized adapters "
     "teacher beginning tracing pair footprint phases beforehand objectives evaluated averaging cache fill "
     "recall sharded optim checkpoint resumable module given throughput companions guests undo merges callbacks "
     "offline forecast comparison",

@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
@@ -44,7 +43,8 @@ from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import restore_rng_state
 from lcprune.distillation.resumable import Resumable
-from lcprune.distillation.strategies import clip_gradients, is_ddp, is_sharding, optimizer_steps, parameters_changed
+from lcprune.distillation.stepping import Stepping, let_gradients_go
+from lcprune.distillation.strategies import is_ddp, is_sharding, optimizer_steps, parameters_changed
 from lcprune.distillation.teacher import DTYPES, TEACHER_DTYPES, DtypeName, Teacher, TeacherDtype
 from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
@@ -53,7 +53,7 @@ from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import Lineage, MergeHistory
 
 
-class DistillationModule(Resumable):
+class DistillationModule(Resumable, Stepping):
     """Trains a shortened student to do what the original does.
 
     Args:
@@ -145,8 +145,6 @@ class DistillationModule(Resumable):
         self._end: int | None = None  # optimizer steps of the whole run, once it has begun
         self.next_merge: int | None = None
         """Optimizer step of the next merge, where one is to come; `ProgressiveCollapse` keeps it."""
-        self._window = TokenWindow()
-        self._losses = LossWatch()
 
     @property
     def teacher_config(self) -> PretrainedConfig:
@@ -332,6 +330,7 @@ class DistillationModule(Resumable):
         """The optimizer over what is trained, and the scheduler per optimizer step."""
         whats = [phase.trained(self.train_usually) for phase in self.phases]
         optimizer = self.make_optimizer(iter(trained_room.ever_trained(self.student, whats)))
+        let_gradients_go(optimizer)
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
@@ -350,30 +349,12 @@ class DistillationModule(Resumable):
         now, lineage = self.now, self.history.lineage
         forward = self._taught(batch, now.phase.objective)
         terms = objectives.objective(now.phase.objective, forward, lineage, now.progress)
-        self._losses.note(terms["loss"], batch_idx)
+        self.losses.note(terms["loss"], batch_idx)
         size = len(batch["input_ids"])
         self.log("train/loss", terms["loss"].detach(), prog_bar=True, batch_size=size)
         others = {f"train/{name}": value for name, value in terms.items() if name != "loss"}
         self.log_dict({**others, "depth": float(self.history.depth)}, batch_size=size)
-        return self._window.weigh(terms["loss"], objectives.scored_positions(batch))
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Makes the gradient that of the mean over all tokens since the last step, on all ranks, however split.
-
-        Raises:
-            RunError: One of the losses since the last step is not finite.
-        """
-        if self._trainer is not None:
-            self._losses.check(self.trainer)
-        micro_batches = 1 if self._trainer is None else self.trainer.accumulate_grad_batches
-        self._window.close(micro_batches, [p for p in self.student.parameters() if p.grad is not None])
-        self.boundary.before_update()
-
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """As in Lightning, but for fused optimizers under bf16-mixed too."""
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        return self.window.weigh(terms["loss"], objectives.scored_positions(batch))
 
     def run(self, batch: Batch, levels: Sequence[Level]) -> objectives.Forward:
         """Student and teacher on a batch, as far as the levels need them."""
@@ -395,7 +376,7 @@ class DistillationModule(Resumable):
         self.check_cache([self.history.lineage])
         averaging.begin(self.trainer)
         # A run that was interrupted may have left tokens and losses in them.
-        self._window, self._losses, self.boundary = TokenWindow(), LossWatch(), StepBoundary()
+        self.window, self.losses, self.boundary = TokenWindow(), LossWatch(), StepBoundary()
         steps = optimizer_steps(self.trainer)
         if steps < float("inf"):
             self._end = int(steps)

@@ -89,9 +89,11 @@ def validation_follows(trainer: Trainer) -> bool:
 
 
 def clip_gradients(module: LightningModule, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
-    """As Lightning does; for fused optimizers too, which it refuses in mixed precision even where nothing is scaled."""
+    """As Lightning does; for fused optimizers too, which it refuses in mixed precision."""
     plugin = module.trainer.precision_plugin
-    if value and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
-        Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType(algorithm or "norm"))
-    else:
+    if not value or not isinstance(plugin, MixedPrecision):
         module.clip_gradients(optimizer, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
+        return
+    if plugin.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        plugin.scaler.unscale_(optimizer)  # or the optimizer would, behind the clipping; all others are unscaled by now
+    Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType(algorithm or "norm"))

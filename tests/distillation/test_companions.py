@@ -12,6 +12,7 @@ from bitsandbytes.optim import AdamW8bit
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -118,6 +119,30 @@ def test_fused_optimizers_are_clipped_in_mixed_precision_too(run: Run, algorithm
         torch.testing.assert_close(ends[1][name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_are_unscaled_before_they_are_clipped(run: Run, fused: bool):
+    seen = Norms()
+    # What fp16 does on a GPU, where it can be had on a CPU too: gradients 1,024 times as large until the clipping.
+    scaled = MixedPrecision("bf16-mixed", "cpu")
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, fused=fused)
+    run.fit(seen, model={"optimizer": optimizer}, plugins=[scaled], gradient_clip_val=0.01)
+    run.check()
+    assert max(seen.norms) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_go_with_the_step_that_takes_them_and_not_before(run: Run, accumulate: int):
+    held: list[bool] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: DistillationModule, *_: object) -> None:
+            held.append(any(parameter.grad is not None for parameter in pl_module.student.parameters()))
+
+    run.fit(Look(), accumulate_grad_batches=accumulate)
+    assert held == [number % accumulate > 0 for number in range(1, runs.STEPS * accumulate + 1)]
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_recomputed_activations_change_nothing(run: Run, precision: str):
     ends = []
@@ -134,12 +159,19 @@ class Norms(Callback):
         self.norms: list[float] = []
         self.largest: list[float] = []
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: DistillationModule, optimizer: Optimizer) -> None:
-        # Of the step before: Lightning clears gradients right before the next backward pass.
+    def on_train_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        clip = pl_module.configure_gradient_clipping
+
+        def look(optimizer: Optimizer, *given: object, **named: object) -> None:
+            clip(optimizer, *given, **named)
+            self.look(optimizer)
+
+        pl_module.configure_gradient_clipping = look
+
+    def look(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
-            self.norms.append(torch.nn.utils.get_total_norm(gradients).item())
-            self.largest.append(max(gradient.abs().max().item() for gradient in gradients))
+        self.norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        self.largest.append(max(gradient.abs().max().item() for gradient in gradients))
 
 
 def test_clipping_by_norm_bounds_the_whole_gradient(run: Run):
