@@ -97,8 +97,8 @@ def distill(
 ) -> tuple[PreTrainedModel, MergeHistory]:
     """Trains a student to do what its teacher does; may merge layers meanwhile.
 
-    Everything trains, by AdamW, with a warm-up over the first tenth and a cosine; in bfloat16 autocast where there is a
-    GPU. For other settings take `DistillationModule` and a Trainer of your own: this is those two.
+    Everything trains, by AdamW, with a warm-up over the first tenth and a cosine; on one device, in bfloat16 autocast
+    where it is a GPU. For other settings take `DistillationModule` and a Trainer of your own: this is those two.
 
     Args:
         student: A model in memory, trained in place; or a folder that lcprune wrote; or the teacher's own name.
@@ -119,6 +119,11 @@ def distill(
     """
     if steps < 1:
         raise InputError(f"steps={steps} must be 1 or more.")
+    if not isinstance(teacher, str) and not teacher.config.name_or_path and not isinstance(text, TextDataModule):
+        raise InputError(
+            f"text={str(text)!r} is to be read with the tokenizer of a teacher that has no name: give "
+            "TextDataModule(tokenizer=NAME, path=...) as text."
+        )
     module = _module(student, teacher, history, _Learning(objective, steps, learning_rate))
     source = (
         text if isinstance(text, TextDataModule) else TextDataModule(tokenizer=module.teacher_name, path=Path(text))
@@ -127,6 +132,7 @@ def distill(
     trainer = Trainer(
         max_steps=steps,
         max_epochs=-1,
+        devices=1,
         precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
         callbacks=[] if collapse is None else [collapse],
         limit_val_batches=0,

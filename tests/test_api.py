@@ -106,6 +106,7 @@ def test_distill_takes_the_path_of_a_text_and_the_folder_of_a_student(text: Text
         ),
         (lambda name, text: lcprune.distill(name, tiny_llama(), text), "give both as names"),
         (lambda name, text: lcprune.distill(name, name, text, history=MergeHistory(6)), "brings its own history"),
+        (lambda name, text: lcprune.distill(tiny_llama(), tiny_llama(), "my.txt"), "a teacher that has no name: give"),
         (lambda name, text: lcprune.distill(name, name, text, steps=0), "steps=0 must be 1 or more"),
     ],
 )

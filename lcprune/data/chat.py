@@ -14,7 +14,8 @@ several documents of a conversation, one to an answer: each is what the model wi
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -73,9 +74,7 @@ class ChatTemplate:
         Raises:
             InputError: The template refuses the conversation.
         """
-        from jinja2 import TemplateError
-
-        try:
+        with self._refusals(messages):
             text = self.tokenizer.apply_chat_template(
                 list(messages),
                 chat_template=self._source,
@@ -83,28 +82,36 @@ class ChatTemplate:
                 add_generation_prompt=ask,
                 date_string=DAY,
             )
+        assert isinstance(text, str)
+        return text
+
+    @contextmanager
+    def _refusals(self, messages: Sequence[Message]) -> Iterator[None]:
+        from jinja2 import TemplateError
+
+        try:
+            yield
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
                 f"{self.name} refuses a conversation of {roles} ({_first_line(error)}): mend the data, or name another "
                 "template in data.chat_template."
             ) from error
-        assert isinstance(text, str)
-        return text
 
     def marked(self, messages: Conversation) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation and which are learned, as the template itself marks them.
 
         Raises:
-            InputError: It marks something else than the last answer, or nothing.
+            InputError: It refuses the conversation, or marks something else than the last answer, or nothing.
         """
-        encoded = self.tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=self._source,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            date_string=DAY,
-        )
+        with self._refusals(messages):
+            encoded = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self._source,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                date_string=DAY,
+            )
         assert isinstance(encoded, Mapping)
         ids, learned = list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
         said = str(self.tokenizer.decode([token for token, mark in zip(ids, learned, strict=True) if mark]))

@@ -58,6 +58,10 @@ class Columns:
         return [f"{' and '.join(named)} are set, but a row is one document: keep one"] if len(named) > 1 else []
 
 
+class NothingThere(InputError):
+    """Rows are what they should be, and nothing is in them."""
+
+
 @dataclass(frozen=True)
 class Documents:
     """The documents of one data set, all of one kind."""
@@ -88,6 +92,7 @@ def documents_of(rows: Rows, columns: Columns, source: str) -> Documents:
 
     Raises:
         InputError: A column is missing or holds something else.
+        NothingThere: No row has text, or an answer.
     """
     kind, names, found = _chosen(set(rows), columns)
     missing = [name for name in names if name not in rows]
@@ -109,7 +114,9 @@ def documents_of(rows: Rows, columns: Columns, source: str) -> Documents:
         whole = [_conversation(number, value, names[0], source) for number, value in enumerate(values[0])]
     kept = [conversation for conversation in whole if any(_is_answer(message) for message in conversation)]
     if not kept:
-        raise InputError(f"{source} holds no answer of an assistant in {', '.join(names)}: give a file that has some.")
+        raise NothingThere(
+            f"{source} holds no answer of an assistant in {', '.join(names)}: give a file that has some."
+        )
     return Documents(kind, conversations=kept, columns=names, found=found, left_out=len(whole) - len(kept))
 
 
@@ -117,7 +124,8 @@ def texts_of(values: Iterable[object], column: str, source: str) -> list[str]:
     """The texts of a column; empty ones are left out.
 
     Raises:
-        InputError: A value is not text, or there is none.
+        InputError: A value is not text.
+        NothingThere: There is none.
     """
     texts = []
     for value in values:
@@ -129,7 +137,7 @@ def texts_of(values: Iterable[object], column: str, source: str) -> list[str]:
         if value is not None and value.strip():
             texts.append(value)
     if not texts:
-        raise InputError(f"{source} holds no text in data.text_column={column!r}: give a file or data set with text.")
+        raise NothingThere(f"{source} holds no text in data.text_column={column!r}: give a file or data set with text.")
     return texts
 
 

@@ -129,6 +129,14 @@ def corpus_of(sources: Sequence[Source], held_out: Documents | None, reading: Re
     else:
         training, validation, held_kinds = whole, [_read(Source("validation", held_out), reading)], [held_out.kind]
     if len(sources) > 1:
+        # A text without documents is one of any length: only pieces of it can be taken by weight.
+        training, validation = (
+            [
+                split_long(tokens, reading.block_size) if kind == "text" else tokens
+                for tokens, kind in zip(sets, of_kinds, strict=True)
+            ]
+            for sets, of_kinds in ((training, kinds), (validation, held_kinds))
+        )
         training = _mixed(training, sources, reading.seed, "training")
         validation = _mixed(validation, sources, reading.seed, "validation") if held_out is None else validation
 

@@ -25,7 +25,7 @@ from lcprune.data.chat import Learn
 from lcprune.data.columns import TEXT, Columns, Documents
 from lcprune.data.corpus import Corpus, Reading, corpus_of, filler_of
 from lcprune.data.generate import Generate
-from lcprune.data.loader import Batch, BlockSampler, ResumableLoader, Row, generator
+from lcprune.data.loader import Batch, BlockSampler, ResumableLoader, Row, crc32_of, generator
 from lcprune.data.mixture import Part
 from lcprune.data.origin import Origin
 from lcprune.data.packing import Blocks, Packed, Packing, batch_of, packed
@@ -303,9 +303,8 @@ class TextDataModule(L.LightningDataModule):
             return packed(tokens, self.block_size, packing, filler).blocks
 
         share = Share(self.batch_size, *self._world, self.seed)
-        return StreamLoader(
-            self.origin.windows(), blocks_of, share, trainer.max_steps * trainer.accumulate_grad_batches
-        )
+        batches = trainer.max_steps * trainer.accumulate_grad_batches
+        return StreamLoader(self.origin.windows(), blocks_of, share, batches, crc32_of(first.values()))
 
     def _check_part(self, part: str, done: Packed, tokens: int, corpus: Corpus) -> None:
         if len(done) and done.learned:
@@ -330,6 +329,8 @@ class TextDataModule(L.LightningDataModule):
             yield f"data.validation_fraction={self.validation_fraction} does nothing beside validation_path: drop it"
         if self.origin.window is None and self.streaming_window != WINDOW:
             yield f"data.streaming_window={self.streaming_window} does nothing without data.streaming: drop it"
+        if self.origin.window is not None and self.num_workers > 0:
+            yield f"data.num_workers={self.num_workers}: a stream is read by the process that trains: set it to 0"
         least = {"block_size": 2, "batch_size": 1, "calibration_blocks": 1, "num_workers": 0, "streaming_window": 1}
         for field, minimum in least.items():
             if getattr(self, field) < minimum:

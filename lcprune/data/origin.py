@@ -122,7 +122,9 @@ class Origin:
     def _column_mistakes(self) -> Iterator[str]:
         yield from self.columns.mistakes()
         columns = self.columns
-        files_with_columns = [path for path in (self.path, self.validation_path) if path and path.suffix != ".txt"]
+        files_with_columns = [
+            path for path in (self.path, self.validation_path) if path and path.suffix.lower() != ".txt"
+        ]
         with_columns = self.dataset is not None or self.generate is not None or files_with_columns
         named = {
             "text_column": None if columns.text == TEXT else columns.text,

@@ -41,10 +41,15 @@ def read_file(field: str, path: Path, columns: Columns) -> Documents:
     kind, source = path.suffix.lower(), f"{field}={path}"
     with _explained(source, f"check that it really is {kind[1:]} in UTF-8"):
         if kind == ".txt":
-            return documents_of({columns.text: [path.read_text(encoding="utf-8")]}, Columns(columns.text), source)
-        data = load_dataset(_BUILDERS[kind], data_files=escape(str(path)), split="train")
-        rows = {name: data[name] for name in data.column_names}
-    return documents_of(rows, columns, source)
+            text = path.read_text(encoding="utf-8")
+        else:
+            data = load_dataset(_BUILDERS[kind], data_files=escape(str(path)), split="train")
+            rows = {name: data[name] for name in data.column_names}
+    if kind != ".txt":
+        return documents_of(rows, columns, source)
+    if not text.strip():
+        raise InputError(f"{source} is blank: give a file with text.")
+    return Documents("text", [text], columns=(columns.text,))
 
 
 def read_texts(field: str, path: Path, column: str) -> list[str]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LEAST = 1_000_000
 """Characters of a text that is worth a file: about a second's work."""
-_FORMAT = 1  # raised when the same documents come to give other tokens
+_FORMAT = 2  # raised when the same documents come to give other tokens
 
 
 def kept(
@@ -50,7 +50,8 @@ def kept(
     if not tokenizer.is_fast or _characters(documents) < LEAST:  # a slow tokenizer does not show what it does
         return make()
     source = tokenizer.chat_template if template is None else template.read_text(encoding="utf-8")
-    how = [_FORMAT, documents.kind, learn, source, tokenizer.eos_token, tokenizer.backend_tokenizer.to_str()]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}  # templates write them
+    how = [_FORMAT, documents.kind, learn, source, special, tokenizer.backend_tokenizer.to_str()]
     path = cache_folder() / "tokens" / f"{_hash(how, documents)}.safetensors"
     tokens = _read(path)
     if tokens is None:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import torch
 
-from lcprune.data.columns import Columns, Documents, documents_of
+from lcprune.data.columns import Columns, Documents, NothingThere, documents_of
 from lcprune.data.loader import Batch, generator
 from lcprune.data.packing import Blocks, batch_of
 from lcprune.errors import InputError
@@ -52,12 +52,21 @@ class Windows:
         return documents[1]
 
     def behind(self, row: int) -> Iterator[tuple[int, Documents]]:
-        """The windows from a row on, each with its first row, to the end of the stream."""
+        """The windows from a row on, each with its first row, to the end of the stream.
+
+        The first one has to have text in it; of later ones those without any are passed over.
+        """
         rows = self._rows(row)
         while some := list(islice(rows, self.size)):
             names = {name: None for each in some for name in each}
             columns = {name: [each.get(name) for each in some] for name in names}
-            yield row, documents_of(columns, self._columns, f"{self._source}, rows {row} to {row + len(some) - 1}")
+            try:
+                documents = documents_of(columns, self._columns, f"{self._source}, rows {row} to {row + len(some) - 1}")
+            except NothingThere:
+                if not row:
+                    raise
+            else:
+                yield row, documents
             row += len(some)
 
 
@@ -65,7 +74,12 @@ class StreamLoader:
     """Batches of a stream, as many as a run takes; Lightning saves and restores the position."""
 
     def __init__(
-        self, windows: Windows, blocks_of: Callable[[int, Documents], Blocks], share: "Share", batches: int
+        self,
+        windows: Windows,
+        blocks_of: Callable[[int, Documents], Blocks],
+        share: "Share",
+        batches: int,
+        text_crc32: int,
     ) -> None:
         """Begins at the first row.
 
@@ -74,8 +88,10 @@ class StreamLoader:
             blocks_of: Makes blocks of a window, which begins at a row.
             share: Of the blocks, what this rank gets and in which order.
             batches: How many a run takes; Lightning must know, else it fetches one ahead.
+            text_crc32: A checksum of the first window's blocks: whether a resumed run has the same text.
         """
         self._windows, self._blocks_of, self._share, self._batches = windows, blocks_of, share, batches
+        self._same = {"window": windows.size, "text_crc32": text_crc32, **share.same}
         self._round = self._row = self._batch = 0
 
     def __len__(self) -> int:
@@ -120,10 +136,6 @@ class StreamLoader:
                 "data settings, text and number of devices, or start a new run."
             )
         self._round, self._row, self._batch = (state_dict[name] for name in ("round", "row", "batch"))
-
-    @property
-    def _same(self) -> dict[str, int]:
-        return {"window": self._windows.size, **self._share.same}
 
 
 class Share:

@@ -146,7 +146,7 @@ TEXTS: dict[str, tuple[str, Parts]] = {
 # Name and content of data.path, with what is changed beside it.
 DATA: dict[str, tuple[str, bytes, dict[str, object], Parts]] = {
     "empty file": ("x.jsonl", b"", {}, ("data.path=", "is empty", "give a file with text")),
-    "file of blanks": ("x.txt", b"  \n ", {}, ("holds no text", "give a file")),
+    "file of blanks": ("x.txt", b"  \n ", {}, ("is blank", "give a file")),
     "unknown kind of file": ("x.docx", b"x", {}, ("'.docx'", ".jsonl, .json, .csv, .parquet, .txt", "convert")),
     "no JSON": ("x.jsonl", b'{"text": \n', {}, ("could not be read", "really is jsonl")),
     "no Parquet": ("x.parquet", b"PAR1garbage", {}, ("could not be read", "really is parquet")),

@@ -109,6 +109,10 @@ def test_template_without_a_marker_ends_a_conversation_with_the_end_of_text(tmp_
         ("{{ raise_exception('no turns') }}", r"refuses a conversation of user, assistant \(no turns\)"),
         ("{% for m in messages %}{% endif %}", "refuses a conversation of user, assistant"),
         ("{% generation %}{{ messages[0].content }}{% endgeneration %}", "but what it marks"),
+        (
+            "{% generation %}{{ raise_exception('no turns') }}{% endgeneration %}",
+            r"refuses a conversation .*\(no turns\)",
+        ),
     ],
 )
 def test_template_that_changes_or_refuses_an_answer_is_refused(tmp_path: Path, template: str, words: str):

@@ -8,6 +8,7 @@ import torch
 
 from lcprune.data.mixture import Part, shares
 from lcprune.data.module import TextDataModule
+from lcprune.demo import load_tokenizer
 from lcprune.errors import InputError
 
 
@@ -65,6 +66,16 @@ def test_mixture_of_chat_and_text_learns_the_answers_of_one_and_all_of_the_other
     for part, tolerance in ((corpus.training, 0.01), (corpus.validation, 0.1)):
         text = sum(len(ids) for ids, learned in part.documents() if bool(learned.all()))
         assert text / len(part.stream) == pytest.approx(1 / 3, abs=tolerance)
+
+
+def test_file_of_one_text_is_mixed_by_its_weight(tmp_path: Path, tiny_folder: Path):
+    for name, letter in (("one", "a"), ("two", "b")):
+        (tmp_path / f"{name}.txt").write_text(f"{letter} " * 4_000)
+    parts = [Part(path=tmp_path / "one.txt", weight=3), Part(path=tmp_path / "two.txt", weight=1)]
+    corpus = TextDataModule(tokenizer=str(tiny_folder), mixture=parts, block_size=64).read()
+    for part, tolerance in ((corpus.training, 0.02), (corpus.validation, 0.15)):  # a token is a character here
+        letters = load_tokenizer(str(tiny_folder)).decode(part.stream)
+        assert letters.count("b") / (letters.count("a") + letters.count("b")) == pytest.approx(1 / 4, abs=tolerance)
 
 
 def test_mixture_beside_another_source_or_of_one_part_is_refused(parts: list[Part], tiny_folder: Path):

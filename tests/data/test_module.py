@@ -333,7 +333,7 @@ def test_wrong_argument_is_refused(arguments: dict[str, object], words: str):
         ("a.jsonl", '{"text": "x', "could not be read .*JSON"),
         ("a.jsonl", "\n", "could not be read"),
         ("a.jsonl", '{"text": " "}', "holds no text"),
-        ("a.txt", " \n", "holds no text"),
+        ("a.txt", " \n", "is blank"),
         ("a.txt", "\udcff", "could not be read .*utf-8"),
         ("a.parquet", "x", "could not be read"),
         ("a.txt", "x" * 40, "training part of the text has 41 tokens.*data.block_size=64"),

@@ -42,6 +42,13 @@ def kept(
     return store.kept(documents, tokenizer, make=make, **usual | how)  # type: ignore[arg-type]
 
 
+def with_other_padding() -> PreTrainedTokenizerFast:
+    """Which a template may write."""
+    tokenizer = builders.tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def test_tokens_are_made_once_and_read_as_they_were():
     make = Maker()
     one, other = kept(make), kept(make)
@@ -59,6 +66,7 @@ def test_tokens_are_made_once_and_read_as_they_were():
         {"documents": Documents("text", texts=["some", " textmore"])},
         {"documents": Documents("chat", conversations=[chats.CHAT])},
         {"tokenizer": chats.characters()},
+        {"tokenizer": with_other_padding()},
         {"learn": "all"},
         {"template": chats.template("chatml")},
     ],

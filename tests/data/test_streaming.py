@@ -27,7 +27,7 @@ def blocks_of(row: int, documents: Documents) -> Blocks:
 
 
 def loader(batch_size: int = 1, devices: int = 1, rank: int = 0, **stream: int) -> StreamLoader:
-    return StreamLoader(windows(**stream), blocks_of, Share(batch_size, devices, rank, seed=0), 100)
+    return StreamLoader(windows(**stream), blocks_of, Share(batch_size, devices, rank, seed=0), 100, text_crc32=1)
 
 
 def taken(source: StreamLoader, count: int) -> list[list[int]]:
@@ -77,6 +77,17 @@ def test_position_in_a_stream_of_other_batches_is_refused():
         other.load_state_dict(loader().state_dict())
 
 
+def test_window_with_nothing_in_it_is_passed_over_unless_it_is_the_first():
+    def opened(blank: range) -> Windows:
+        texts = [{"text": " " if number in blank else f"{number}"} for number in range(10)]
+        return Windows(lambda row: iter(texts[row:]), 4, Columns(), "here")
+
+    source = StreamLoader(opened(range(4, 8)), blocks_of, Share(1, 1, 0, seed=0), 100, text_crc32=1)
+    assert sorted(number for batch in taken(source, 6) for number in batch) == [0, 1, 2, 3, 8, 9]
+    with pytest.raises(InputError, match="rows 0 to 3 holds no text"):
+        opened(range(4)).first()
+
+
 def test_stream_without_rows_is_refused():
     with pytest.raises(InputError, match="here has no rows"):
         windows(rows=0).first()
@@ -108,6 +119,15 @@ def test_run_on_a_stream_interrupted_at_any_step_sees_exactly_what_was_left(
         assert rest == whole[step * accumulate :]
 
 
+def test_stream_of_another_text_is_not_gone_on_with(make: Callable[..., TextDataModule], tmp_path: Path):
+    settings = {"max_steps": 2, "max_epochs": -1}
+    record(make(), tmp_path / "whole", **settings)
+    other = tmp_path / "other.jsonl"
+    other.write_text((tmp_path / "chat.jsonl").read_text().replace("number 0000", "number 0009"))
+    with pytest.raises(InputError, match=r"text_crc32 was \d+, is \d+"):
+        record(make(path=other), tmp_path / "rest", tmp_path / "whole" / "step=1.ckpt", **settings)
+
+
 def test_validation_and_calibration_of_a_stream_come_from_its_first_window(make: Callable[..., TextDataModule]):
     module = make(batch_size=1)
     module.setup()
@@ -125,6 +145,7 @@ def test_validation_and_calibration_of_a_stream_come_from_its_first_window(make:
         ({"path": None}, r"data\.streaming reads data\.path or data\.dataset"),
         ({"streaming": False}, r"streaming_window=16 does nothing without data\.streaming"),
         ({"streaming_window": 0}, r"data\.streaming_window=0 must be 1 or more"),
+        ({"num_workers": 2}, r"data\.num_workers=2: a stream is read by the process that trains: set it to 0"),
     ],
 )
 def test_setting_that_does_not_go_with_a_stream_is_refused(
