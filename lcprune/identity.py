@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ LARGE = 1 << 26
 """Bytes; hashes of larger files are remembered."""
 CHECKSUMS = "SHA256SUMS"
 """In an exported folder, the hash of every file of weights; `sha256sum -c SHA256SUMS` reads it, too."""
+_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\]*\.safetensors)")  # * where sha256sum read it as binary
+_HISTORY = "history.json"  # as in merging/lineage.py, which lies above
 _DECIDING = {".json", ".safetensors", ".bin", ".model", ".txt"}  # weights, config and tokenizer; no README
 
 
@@ -33,27 +36,33 @@ def write_checksums(folder: Path) -> None:
     write_text(folder / CHECKSUMS, "".join(lines))
 
 
-def check_weights(model: str) -> None:
-    """Refuses a model whose weights are not those that were exported; without SHA256SUMS there is nothing to check.
+def check_exported(folder: Path) -> None:
+    """Refuses weights that are not those that were exported; without SHA256SUMS there is nothing to check.
 
-    Hashes of large files are remembered while their size and time stay, so that only the first look takes long.
+    Beside a history the list is ours and names every file of weights; in a list of others, lines that name none say
+    nothing here. Hashes of large files are remembered while their size and time stay, so that only the first look
+    takes long.
 
     Raises:
         InputError: A file of weights is missing, cut off or changed.
     """
-    folder = Path(demo.resolve(model))
     listed = folder / CHECKSUMS
     if not listed.is_file():
         return
-    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        file = folder / Path(name).name
-        found = "is missing" if not file.is_file() else "is not as it was exported" if hash_of(file) != digest else ""
-        if found:
-            raise InputError(
-                f"{file} {found} (SHA-256 by {CHECKSUMS}): fetch or export the model anew, or delete {listed} if you "
-                "changed the weights on purpose."
-            )
+    lines = listed.read_text(encoding="utf-8", errors="replace").split("\n")
+    sums = {known[2]: known[1] for line in lines if (known := _LINE.fullmatch(line))}
+    ours = [file.name for file in folder.glob("*.safetensors")] if (folder / _HISTORY).is_file() else []
+    for file in (folder / name for name in sorted({*sums, *ours})):
+        if not file.is_file():
+            found = "is missing"
+        elif hash_of(file) != sums.get(file.name):
+            found = "is not as it was exported"
+        else:
+            continue
+        raise InputError(
+            f"{file} {found} (SHA-256 by {CHECKSUMS}): fetch or export the model anew, or delete {listed} if you "
+            "changed the weights on purpose."
+        )
 
 
 def vocabulary_of(model: str) -> str:

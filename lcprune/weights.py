@@ -1,4 +1,6 @@
-"""Which files hold a model's weights: safetensors beside its config, and nothing that they point to elsewhere.
+"""What is looked at before and behind the loading of a model's weights.
+
+Which files hold them: safetensors beside its config, and nothing that they point to elsewhere.
 
     model.safetensors                   or
     model.safetensors.index.json        names the files beside it, and those only
@@ -8,10 +10,17 @@ that is prevented nothing is gained over a file that cannot hold code.
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lcprune.demo import resolve
 from lcprune.errors import InputError
+from lcprune.identity import check_exported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,7 +36,7 @@ def check(model: str, named: str = "model.teacher") -> None:
         named: The setting that names it, for the error.
 
     Raises:
-        InputError: If there is no such folder, or its weights are not whole safetensors files inside it.
+        InputError: Its weights are not whole safetensors files inside its folder, or not those that were exported.
     """
     folder = Path(resolve(model))
     if not folder.is_dir():
@@ -40,8 +49,41 @@ def check(model: str, named: str = "model.teacher") -> None:
     try:
         for file in files_of(folder):
             _check_whole(file)
+        check_exported(folder)
     except InputError as error:
         raise InputError(f"{named}: {error}") from error
+
+
+def check_loaded(model: "PreTrainedModel", found: Mapping[str, Iterable[object]], named: str) -> None:
+    """Refuses what transformers makes up where the files hold nothing that fits, and numbers that are none.
+
+    Args:
+        model: As it was loaded, with `ignore_mismatched_sizes`.
+        found: What `output_loading_info` told of it.
+        named: The setting that names it, and its value.
+
+    Raises:
+        InputError: A tensor is missing or of another shape, or holds a number that is not finite.
+    """
+    mismatched = (str(each[0]) for each in found["mismatched_keys"])  # type: ignore[index]
+    made_up = sorted({*map(str, found["missing_keys"]), *mismatched})
+    if made_up:
+        raise InputError(
+            f"The weights of {named} lack {len(made_up)} of the tensors that its config.json asks for, or hold them in "
+            f"another shape, first {made_up[0]}: save or fetch the model anew."
+        )
+    broken = next((name for name, parameter in model.named_parameters() if not _is_finite(parameter)), None)
+    if broken is not None:
+        raise InputError(
+            f"The weights of {named} hold numbers that are not finite, first in {broken}: save or fetch the model "
+            "anew, or choose another dtype if they are too large for this one."
+        )
+
+
+def _is_finite(tensor: "Tensor") -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _check_whole(file: Path) -> None:

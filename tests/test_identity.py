@@ -63,6 +63,7 @@ def test_vocabulary_is_what_the_ids_stand_for(tmp_path: Path):
 def exported(tmp_path: Path) -> Path:
     folder = save_tiny(tmp_path / "model")
     identity.write_checksums(folder)
+    (folder / "history.json").write_text("{}")
     return folder
 
 
@@ -72,10 +73,10 @@ def test_checksums_are_those_that_sha256sum_reads(exported: Path):
 
 
 def test_weights_as_exported_and_weights_of_others_pass(exported: Path, tmp_path: Path):
-    identity.check_weights(str(exported))
-    identity.check_weights(str(save_tiny(tmp_path / "other")))
+    identity.check_exported(exported)
+    identity.check_exported(save_tiny(tmp_path / "other"))
     (exported / "config.json").write_text((exported / "config.json").read_text() + "\n")
-    identity.check_weights(str(exported))
+    identity.check_exported(exported)
 
 
 def _flip(file: Path) -> None:
@@ -90,12 +91,24 @@ def _flip(file: Path) -> None:
         (_flip, "model.safetensors is not as it was exported"),
         (lambda file: file.write_bytes(file.read_bytes()[:-100]), "model.safetensors is not as it was exported"),
         (Path.unlink, "model.safetensors is missing"),
-        (lambda file: file.with_name("SHA256SUMS").write_bytes(b"\xff\xfe"), "is missing"),
+        (lambda file: file.with_name("SHA256SUMS").write_bytes(b"\xff\xfe"), "is not as it was exported"),
+        (lambda file: file.with_name("SHA256SUMS").write_bytes(b""), "is not as it was exported"),
     ],
 )
 def test_damaged_weights_are_refused_in_one_sentence(damage: Callable[[Path], None], message: str, exported: Path):
     damage(exported / "model.safetensors")
     with pytest.raises(InputError, match=message) as caught:
-        identity.check_weights(str(exported))
+        identity.check_exported(exported)
     assert "delete" in str(caught.value)
     assert str(exported) in str(caught.value)
+
+
+def test_list_of_others_is_read_as_far_as_it_is_about_weights(tmp_path: Path):
+    folder = save_tiny(tmp_path / "model")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    others = "# made elsewhere\nSHA256 (config.json) = 00\n{}  README.md\n".format("0" * 64)
+    (folder / "SHA256SUMS").write_text(f"{others}{digest} *model.safetensors\n")
+    identity.check_exported(folder)
+    (folder / "SHA256SUMS").write_text(f"{others}{'0' * 64} *model.safetensors\n")
+    with pytest.raises(InputError, match="is not as it was exported"):
+        identity.check_exported(folder)

@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from lcprune import demo
+from lcprune import demo, weights
 from lcprune.cli.quiet import quieten
 from lcprune.cli.subjects import look_at
 from lcprune.delivery import gguf, hub
 from lcprune.delivery.export import check_target, export
 from lcprune.distillation.checkpoint import load_student
 from lcprune.errors import InputError
-from lcprune.identity import check_weights
 
 USAGE = """lcprune export CHECKPOINT --out FOLDER [--push-to-hub NAME] [--gguf FILE]
        lcprune export FOLDER [--push-to-hub NAME] [--gguf FILE]"""
@@ -104,5 +103,5 @@ def _exported(checkpoint: Path, out: Path) -> Path:
 def _whole(source: Path) -> Path:
     """The model in a folder or a run, with the weights that were exported."""
     subject = look_at(str(source))
-    check_weights(subject.model)
+    weights.check(subject.model, "lcprune export")
     return Path(subject.model)

@@ -48,7 +48,7 @@ def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
     if match := _NO_FILE.search(message):
         way = recipes.way_to(Path(match[2])) if match[1] == "config" else ""
         way = way or "check the path (it counts from the folder the command runs in)"
-        return f"{match[1]}={match[2]} does not exist: {way}."
+        return f"{match[1]}={match[2]} does not exist: {way}{'' if way.endswith('?') else '.'}"
     if match := _UNKNOWN.search(message):
         return _unknown_setting(match[1] or match[2], settings)
     key = key_of(message)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -65,10 +66,8 @@ def _show(found: Forecast, seconds: float | None) -> None:
     console.print(_depths(found))
     console.print(_phases(found))
     console.print(_memory(found))
-    if found.unpacked:
-        console.print(
-            f"while layers merge, the student is unpacked: {found.unpacked / GIB:,.2f} GiB more", highlight=False
-        )
+    if found.whole:
+        console.print(f"while layers merge, the student is whole: {found.whole / GIB:,.2f} GiB more", highlight=False)
     for line in _lines(found, seconds):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -108,13 +107,17 @@ def _memory(found: Forecast) -> Table:
     names = {
         "teacher": "teacher's weights",
         "student": "student's own weights",
-        "gradients": "gradients",
+        "averages": "averages of the weights",
+        "gathered": "whole layers, for a time",
         "optimizer": "optimizer's state",
         "activations": "activations",
         "states": "teacher's states",
         "loss": "loss, a chunk at a time",
+        "gradients": "gradients beside these",
     }
     for field, name in names.items():
+        if not getattr(peak, field) and field in ("averages", "gathered"):
+            continue
         table.add_row(name, f"{getattr(peak, field) / GIB:,.2f} GiB")
     table.add_row("[bold]in all[/]", f"[bold]{peak.total / GIB:,.2f} GiB[/]")
     for setting, total in found.otherwise.items():
@@ -128,12 +131,18 @@ def _lines(found: Forecast, seconds: float | None) -> list[str]:
             f"{found.tokens_per_step:,} tokens a step; how many steps, epochs and text decide (trainer.max_epochs)",
             _WITHOUT,
         ]
+    late = [f"{_listed(found.too_late)} layers would come at or behind the last step"] if found.too_late else []
     time = "" if seconds is None else f", {seconds / 3600:,.1f} hours at the speed given"
     return [
         f"{found.tokens_per_step:,} tokens a step, {found.tokens:,} in {found.steps:,} steps at most",
         f"{found.flops / 1e15:,.2f} PFLOP of training{time}",
+        *late,
         _WITHOUT,
     ]
+
+
+def _listed(depths: Sequence[int]) -> str:
+    return " and ".join(map(str, depths))
 
 
 _WITHOUT = "[dim]not counted: libraries, the allocator's holes, planning, refits, validation, loading[/]"

@@ -84,6 +84,8 @@ def way_to(path: Path) -> str:
         return ""
     place = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     file = place.with_suffix(".yaml")
+    if file.exists():
+        return f"did you mean {file}?"
     target = "" if file == Path(file.name) else f" {file}"
     return f"`lcprune recipes copy {path.stem}{target}` writes {file}"
 

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import GenerationConfig
 
-from lcprune import demo
+from lcprune import demo, weights
 from lcprune.cli import bars, budgets, tables
 from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.delivery.export import export_stream
@@ -18,7 +18,6 @@ from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.teacher import stored_dtype
 from lcprune.errors import InputError
 from lcprune.files import write_text
-from lcprune.identity import check_weights
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.streaming import (
     StoredModel,
@@ -89,7 +88,7 @@ def weights_folder(name: str) -> Path:
     Raises:
         InputError: There is no such model, it cannot be fetched, or its weights are not those that were exported.
     """
-    check_weights(name)
+    weights.check(name)
     place = Path(demo.resolve(name))
     if place.is_dir():
         return place

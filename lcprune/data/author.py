@@ -9,13 +9,12 @@ import re
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lcprune import demo, weights
 from lcprune.errors import InputError, RunError
-from lcprune.identity import check_weights
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -141,17 +140,18 @@ def load(name: str) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    check_weights(name)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     weights.check(name, "data.generate.model")
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             demo.resolve(name),
             use_safetensors=True,
             trust_remote_code=False,
             dtype=torch.bfloat16 if gpu else "auto",
             device_map={"": device},
+            ignore_mismatched_sizes=True,  # they are told of, too
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
@@ -159,3 +159,6 @@ def load(name: str) -> "PreTrainedModel":
             f"model {name!r} cannot write the text of data.generate ({reason}): name a causal language model with "
             "its weights in data.generate.model."
         ) from error
+    model: PreTrainedModel = loaded[0]
+    weights.check_loaded(model, loaded[1], f"data.generate.model={name!r}")
+    return model

@@ -139,6 +139,11 @@ def shown(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             callback._swap_models(module)
 
 
+def count(trainer: Trainer) -> int:
+    """How many callbacks average the weights."""
+    return len(_callbacks(trainer))
+
+
 def _callbacks(trainer: Trainer) -> list["WeightAveraging"]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if NAME in {base.__name__ for base in type(callback).__mro__}]

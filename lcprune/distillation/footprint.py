@@ -1,12 +1,13 @@
 """What a training step holds in memory and how much it computes, from shapes alone.
 
     weights of the teacher, and what of the student's is not the teacher's own memory
-  + gradients of the step before, which live until the next backward pass begins
+  + running averages of the weights
   + the optimizer's state
   + activations that the backward pass needs
   + the teacher's states that the student is held to
   + the loss: logits of a chunk, the gradient of the output layer
-  = what is held between loss and backward pass, when it is most
+  + gradients: of the micro-batches before; and what the backward pass makes, as far as it is more than what it frees
+  = what is held at most, where the backward pass begins or where it ends
 
 Not in it: libraries, the allocator's holes, planning, refits and validation, and loading. Legend: `B` rows, `T` tokens,
 `D` hidden, `V` vocabulary, `C` tokens of a chunk.
@@ -39,14 +40,16 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device between loss and backward pass."""
+    """Bytes on one device, where a training step holds most."""
 
     teacher: int
     """The original's weights."""
     student: int
     """The student's weights that are not the teacher's own memory; adapters."""
-    gradients: int
-    """One per trained Parameter; twice under DDP, whose buckets are as large."""
+    averages: int
+    """Running averages of the student's weights."""
+    gathered: int
+    """What is whole at a time where each device has a part: two layers, and all that is no layer."""
     optimizer: int
     """What the optimizer keeps per trained Parameter."""
     activations: int
@@ -55,6 +58,8 @@ class Memory:
     """What the teacher's pass leaves for the loss."""
     loss: int
     """Logits of a chunk of tokens, and the output layer's gradient."""
+    gradients: int
+    """Beside all this: what accumulates, DDP's buckets, and what the backward pass makes beyond what it frees."""
 
     @property
     def total(self) -> int:
@@ -86,8 +91,14 @@ class Step:
     """Whether layers are run again on the way back instead of keeping what they saved."""
     cached: bool
     """Whether the teacher's answers come from a cache; its weights stay in memory for validation and planning."""
-    gradient_copies: int = 1
-    """2 under DDP."""
+    gradients_made: int = 1
+    """Copies of the gradients where the backward pass ends; 2 under DDP, whose buckets are as large."""
+    gradients_kept: int = 0
+    """Copies of them that are there where it begins: accumulated ones, DDP's buckets."""
+    parts: int = 1
+    """Into how many weights, gradients and the optimizer's state are cut, a device has one each (FSDP2)."""
+    averages: int = 0
+    """Callbacks that average the student's weights."""
 
 
 @dataclass(frozen=True)
@@ -161,23 +172,30 @@ def memory(step: Step, at: At) -> Memory:
     depth = len(layout_of(step.config).layers_of(teacher))
     student = model_of_depth(step.config, at.depth)
     trained = trained_elements(student, at, step.lora)
-    bytes_trained = trained * (FLOAT if trains_adapters(at.train) else step.trained_dtype.itemsize)
+    bytes_trained = trained * (FLOAT if trains_adapters(at.train) else step.trained_dtype.itemsize) // step.parts
+    activations, states, loss = _activations(step, at, depth), _states(step, at, depth), _loss(step, at)
+    made, kept = bytes_trained * step.gradients_made, bytes_trained * step.gradients_kept
     return Memory(
-        teacher=_weights(teacher, step.teacher),
-        student=_own(student, step, at, trained),
-        gradients=bytes_trained * step.gradient_copies,
-        optimizer=int(trained * step.optimizer),
-        activations=_activations(step, at, depth),
-        states=_states(step, at, depth),
-        loss=_loss(step, at),
+        teacher=_weights(teacher, step.teacher) // step.parts,
+        student=_own(student, step, at, trained) // step.parts,
+        averages=step.averages * _weights(student, step.student),
+        gathered=_gathered(student, step) if step.parts > 1 else 0,
+        optimizer=int(trained * step.optimizer) // step.parts,
+        activations=activations,
+        states=states,
+        loss=loss,
+        gradients=max(kept, made - activations - states - loss),
     )
 
 
-def unpacked(step: Step, depth: int) -> int:
-    """Bytes that a packed student takes more for as long as its layers merge, in the type of its products."""
+def whole(step: Step, depth: int) -> int:
+    """Bytes that a packed or a sharded student takes more for as long as its layers merge."""
+    student = model_of_depth(step.config, depth)
+    if step.parts > 1:
+        size = _weights(student, step.student)
+        return size - size // step.parts
     if step.student.packed is None:
         return 0
-    student = model_of_depth(step.config, depth)
     packed = _projections(student)
     elements = sum(parameter.numel() for parameter in student.parameters() if id(parameter) in packed)
     return elements * getattr(torch, step.student.dtype).itemsize
@@ -222,23 +240,40 @@ def _weights(model: PreTrainedModel, storage: Storage) -> int:
     return sum(_bytes(parameter, storage, id(parameter) in packed) for parameter in model.parameters())
 
 
+def _gathered(student: PreTrainedModel, step: Step) -> int:
+    layers = layout_of(student.config).layers_of(student)
+    inside = {id(parameter) for parameter in layers.parameters()}
+    outside = sum(parameter.numel() for parameter in student.parameters() if id(parameter) not in inside)
+    layer = sum(parameter.numel() for parameter in layers[0].parameters())
+    mine, theirs = (getattr(torch, storage.dtype).itemsize for storage in (step.student, step.teacher))
+    return (2 * layer + outside) * mine + outside * theirs
+
+
 def _own(student: PreTrainedModel, step: Step, at: At, trained: int) -> int:
     """Weights of the student that are no memory of the teacher's, and adapters."""
     packed = _projections(student)
     if trains_adapters(at.train):
         chosen: set[int] = set()
         own = _adapters(student, at.depth, step.lora or Lora()) * FLOAT
+        # A layer that has merged is frozen, but no longer the teacher's.
+        one = layout_of(student.config).layers_of(student)[0]
+        shared = [parameter for parameter in one.parameters() if _alike(parameter, step, packed)]
+        merged = at.merged(layout_of(step.config).depth_of(step.config))
+        own += merged * sum(_bytes(parameter, step.student, id(parameter) in packed) for parameter in shared)
     else:
         lineage = at.lineage if at.lineage is not None else tuple((index,) for index in range(at.depth))
         what: Trained = "layers" if at.at_most else at.train
         chosen = {id(parameter) for parameter in trained_parameters(student, what, lineage)}
         own = trained * step.trained_dtype.itemsize
     for parameter in student.parameters():
-        inside = id(parameter) in packed
-        alike = step.student.dtype == step.teacher.dtype if not inside else step.student == step.teacher
-        if id(parameter) not in chosen and not alike:
-            own += _bytes(parameter, step.student, inside)
+        if id(parameter) not in chosen and not _alike(parameter, step, packed):
+            own += _bytes(parameter, step.student, id(parameter) in packed)
     return own
+
+
+def _alike(parameter: Parameter, step: Step, packed: set[int]) -> bool:
+    """Whether student and teacher hold a weight in the same way, so that they can share it."""
+    return step.student == step.teacher if id(parameter) in packed else step.student.dtype == step.teacher.dtype
 
 
 def _adapters(student: PreTrainedModel, layers: int, lora: Lora) -> int:

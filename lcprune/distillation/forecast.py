@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from lcprune.distillation import averaging
 from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.footprint import (
     At,
@@ -25,11 +26,12 @@ from lcprune.distillation.footprint import (
     operations,
     state_bytes,
     trained_elements,
-    unpacked,
+    whole,
 )
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.pair import storages
 from lcprune.distillation.phases import Phase
+from lcprune.distillation.strategies import is_sharding
 from lcprune.distillation.tracing import Shape, cost_of_layer
 from lcprune.distillation.trained import Trained, trains_adapters
 from lcprune.distillation.triggers import ByTokens
@@ -95,8 +97,10 @@ class Forecast:
     """By objective."""
     otherwise: dict[str, int]
     """Peak memory in bytes with one setting changed."""
-    unpacked: int
-    """Bytes more for as long as layers of a packed student merge; 0 where nothing is packed or merges."""
+    whole: int
+    """Bytes more for as long as layers of a packed or sharded student merge; 0 where it is neither, or none merge."""
+    too_late: tuple[int, ...]
+    """Depths that the run ends too early for."""
 
     @property
     def tokens(self) -> int | None:
@@ -149,8 +153,9 @@ def forecast(module: DistillationModule, callback: ProgressiveCollapse, trainer:
     per_step = trainer.accumulate_grad_batches * trainer.world_size
     steps = trainer.max_steps if trainer.max_steps >= 0 else None
     tokens = batches.rows * batches.length * per_step
-    depths = _depths(module, callback, tokens)
-    lineages = _lineages(module, callback, len(depths))
+    planned = _depths(module, callback, tokens)
+    depths = [(first, depth) for first, depth in planned if steps is None or first < max(steps, 1)]
+    lineages = _lineages(module, callback, len(planned))[: len(depths)]
     stages = tuple(
         _stage(first, depth, lineage, module, step, per_step)
         for (first, depth), lineage in zip(depths, lineages, strict=True)
@@ -175,7 +180,8 @@ def forecast(module: DistillationModule, callback: ProgressiveCollapse, trainer:
         tokens_per_step=tokens,
         stages=stages,
         phases=tuple(_stretches(module, [first for first, _ in depths[1:]], steps)),
-        unpacked=0 if callback.schedule is None else unpacked(step, module.begun.depth),
+        whole=0 if callback.schedule is None else whole(step, module.begun.depth),
+        too_late=tuple(depth for _, depth in planned[len(depths) :]),
         otherwise={name: max(memory(other, at).total for at in points) for name, other in others.items()},
     )
 
@@ -187,6 +193,7 @@ def _step(module: DistillationModule, trainer: Trainer, batches: Batches) -> Ste
     shape = Shape(batches.rows, batches.length, weights, AUTOCAST.get(precision))
     adapters = any(trains_adapters(phase.trained(module.train_usually)) for phase in module.phases)
     trained = torch.float32 if adapters else weights
+    buckets, accumulates = isinstance(trainer.strategy, DDPStrategy), trainer.accumulate_grad_batches > 1
     return Step(
         config=module.teacher_config,
         shape=shape,
@@ -198,7 +205,10 @@ def _step(module: DistillationModule, trainer: Trainer, batches: Batches) -> Ste
         lora=module.lora,
         recompute=module.activations == "recompute",
         cached=module.teacher_cache is not None,
-        gradient_copies=2 if isinstance(trainer.strategy, DDPStrategy) else 1,
+        gradients_made=1 + buckets,
+        gradients_kept=buckets + accumulates,
+        parts=trainer.world_size if is_sharding(trainer.strategy) else 1,
+        averages=averaging.count(trainer),
     )
 
 

@@ -5,7 +5,7 @@ to itself, and is moved by hand. The student is built around the teacher's own t
 parameter is not trained nor merged there is one copy of it in memory; surgery gives a merged parameter its own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -19,8 +19,7 @@ from lcprune.distillation.head import Head
 from lcprune.distillation.passes import Call, States, Wanted, calls_without_running, forward
 from lcprune.distillation.quantized import Packed
 from lcprune.errors import InputError
-from lcprune.identity import check_weights
-from lcprune.merging.architectures import layout_of
+from lcprune.merging.architectures import check_config, layout_of
 from lcprune.merging.calibration import HEAD_FIELDS, Batch
 from lcprune.merging.surgery import second_view as second_view
 
@@ -94,8 +93,9 @@ def load(
         packed: Its layers' weights in fewer bits.
         named: The setting that names it, for the error.
     """
-    layout_of(demo.read_config(name))
-    check_weights(name)
+    config = demo.read_config(name)
+    layout_of(config)
+    check_config(config, f"{named}={name!r}")
     weights.check(name, named)
     kind = getattr(torch, dtype)
     try:
@@ -115,32 +115,9 @@ def load(
             f"The weights of {named}={name!r} cannot be loaded ({reason}): save or fetch the model anew."
         ) from error
     model: PreTrainedModel = loaded[0]
-    _check_loaded(model, loaded[1], f"{named}={name!r}")
+    weights.check_loaded(model, loaded[1], f"{named}={name!r}")
     quantized.settle(model)
     return model
-
-
-def _check_loaded(model: PreTrainedModel, found: Mapping[str, Iterable[object]], named: str) -> None:
-    """Refuses what transformers makes up where the files hold nothing that fits, and numbers that are none."""
-    mismatched = (str(each[0]) for each in found["mismatched_keys"])  # type: ignore[index]
-    made_up = sorted({*map(str, found["missing_keys"]), *mismatched})
-    if made_up:
-        raise InputError(
-            f"The weights of {named} lack {len(made_up)} of the tensors that its config.json asks for, or hold them in "
-            f"another shape, first {made_up[0]}: save or fetch the model anew."
-        )
-    broken = next((name for name, parameter in model.named_parameters() if not _is_finite(parameter)), None)
-    if broken is not None:
-        raise InputError(
-            f"The weights of {named} hold numbers that are not finite, first in {broken}: save or fetch the model "
-            "anew, or choose another dtype if they are too large for this one."
-        )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:

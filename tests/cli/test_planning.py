@@ -50,7 +50,7 @@ def test_plan_for_programs_is_one_json_object(config: str, capsys: pytest.Captur
 def test_plan_of_a_packed_student_says_what_a_merge_takes_more(config: str, capsys: pytest.CaptureFixture[str]):
     packed = ["--model.train", "lora", "--model.lora.base", "nf4", "--model.teacher_dtype", "nf4"]
     assert main(["plan", "--config", config, *packed]) == 0
-    assert "the student is unpacked" in capsys.readouterr().out
+    assert "the student is whole" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,15 @@ def test_missing_config_with_the_name_of_a_recipe_says_how_to_get_it(
     assert way in capsys.readouterr().err
 
 
+def test_missing_config_beside_the_recipe_that_was_meant_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    recipes.copy("quickstart")
+    assert main(["fit", "--config", "quickstart.yml"]) == 2
+    assert "quickstart.yml does not exist: did you mean quickstart.yaml?\n" in capsys.readouterr().err
+
+
 def test_way_to_an_unknown_recipe_is_empty():
     assert recipes.way_to(Path("nowhere.yaml")) == ""
 

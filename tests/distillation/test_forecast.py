@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lcprune import (
+    ByTokens,
     DistillationModule,
     Evenly,
     FixedPlan,
@@ -125,3 +128,45 @@ def test_forecast_needs_no_weights(teacher: str):
 
 def _phases(teacher: str, schedule: Schedule, phases: list[Phase], **settings: object):  # type: ignore[no-untyped-def]
     return found(teacher, schedule, phases=phases, **settings).phases
+
+
+def test_forecast_ends_with_the_run_and_names_what_comes_too_late(teacher: str):
+    # 32 tokens a step: merges behind steps 2, 5 and 32.
+    result = found(teacher, ByTokens(Evenly(3, merges=3, first=64, last=1024)), max_steps=20)
+    assert [(stage.step, stage.depth) for stage in result.stages] == [(0, 6), (2, 5), (17, 4)]
+    assert result.too_late == (3,)
+    assert result.flops == sum(stage.flops * steps for stage, steps in zip(result.stages, (2, 15, 3), strict=True))
+
+
+def test_forecast_of_a_sharded_run_divides_what_is_cut_and_adds_what_is_whole(teacher: str):
+    one, two = (
+        forecast(
+            DistillationModule(teacher=teacher),
+            ProgressiveCollapse(Evenly(4, merges=1, first=10, last=10)),
+            Trainer(
+                accelerator="cpu",
+                devices=devices,
+                strategy=ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1),
+                max_steps=20,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+            ),
+            BATCHES,
+        )
+        for devices in (1, 2)
+    )
+    whole, half = one.stages[0].memory, two.stages[0].memory
+    for cut in ("teacher", "student", "optimizer"):
+        assert getattr(half, cut) == getattr(whole, cut) // 2
+    assert (half.activations, half.loss) == (whole.activations, whole.loss)
+    layer, outside = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32, 97 * 32 + 32
+    assert (whole.gathered, half.gathered) == (0, 4 * (2 * layer + 2 * outside))
+    assert two.whole == 4 * (6 * layer + outside) // 2
+    assert two.tokens_per_step == 2 * one.tokens_per_step
+
+
+def test_forecast_counts_averages_of_the_weights(teacher: str):
+    trainer = Trainer(accelerator="cpu", max_steps=20, logger=False, callbacks=[EMAWeightAveraging()])
+    stage = forecast(DistillationModule(teacher=teacher), ProgressiveCollapse(None), trainer, BATCHES).stages[0]
+    assert stage.memory.averages == 4 * stage.parameters
