@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lcprune.cli import bars, options
+from lcprune.cli.machines import OneDevice
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.distillation import cache
@@ -61,7 +62,7 @@ def run(command: str, arguments: list[str]) -> None:
         examples=EXAMPLES,
     )
     options.check_loading(own)
-    job = _job(own, RecipeCLI(recipe_arguments, run=False))
+    job = _job(own, OneDevice(recipe_arguments))
     _fill(job)
 
 

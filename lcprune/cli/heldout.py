@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from lcprune.cli.machines import OneDevice
 from lcprune.cli.training import RecipeCLI
 from lcprune.data.module import TextDataModule
 from lcprune.distillation.pair import Storage, storages
@@ -72,7 +73,7 @@ def of_recipe(path: Path, limit: int | None) -> HeldOutText:
         path: The recipe; a run's own recipe.yaml, too.
         limit: At most so many blocks.
     """
-    cli = RecipeCLI(["--config", str(path)], run=False)
+    cli = OneDevice(["--config", str(path), "--trainer.accelerator", "auto"])
     trainer, module = cli.trainer, cli.model
     try:
         cli.datamodule.setup()

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from lcprune import demo
 from lcprune.cli import bars, budgets, options, streaming, tables
+from lcprune.cli.machines import OneDevice
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.delivery.export import check_target, export
@@ -46,7 +47,7 @@ def _collapse(arguments: list[str]) -> None:
         raise InputError("--out is missing: name the folder for the shortened model, or ask for --plan-only.")
     if not own.plan_only:
         check_target(own.out)
-    cli = RecipeCLI(recipe_arguments, run=False)
+    cli = OneDevice(recipe_arguments)
     name = demo.public_name(cli.model.teacher_name)
     if given is not None and given.teacher not in ("", name):
         raise InputError(f"--plan {own.plan} was made for {given.teacher!r}, model.teacher is {name!r}: name that one.")

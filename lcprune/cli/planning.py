@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lcprune.cli import options
+from lcprune.cli.machines import StandIns
 from lcprune.cli.quiet import quieten
-from lcprune.cli.training import RecipeCLI, collapse_of
+from lcprune.cli.training import collapse_of
 from lcprune.distillation.footprint import Memory
 from lcprune.distillation.forecast import Batches, Forecast, forecast
 
@@ -42,7 +43,7 @@ def run(command: str, arguments: list[str]) -> None:
         ("--tflops", _tflops, "10^12 operations per second that a device does in training: the time follows from it."),
         examples=EXAMPLES,
     )
-    cli = RecipeCLI(recipe_arguments, run=False)
+    cli = StandIns(recipe_arguments)
     data = cli.datamodule
     found = forecast(cli.model, collapse_of(cli), cli.trainer, Batches(data.batch_size, data.block_size))
     seconds = _seconds(found, own.tflops, cli.trainer.world_size)

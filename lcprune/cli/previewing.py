@@ -13,8 +13,8 @@ from rich.text import Text
 from torch import Tensor
 
 from lcprune.cli import options
+from lcprune.cli.machines import OneDevice
 from lcprune.cli.quiet import quieten
-from lcprune.cli.training import RecipeCLI
 from lcprune.data.corpus import Corpus
 from lcprune.data.packing import Packed
 from lcprune.demo import load_tokenizer
@@ -45,7 +45,7 @@ def run(command: str, arguments: list[str]) -> None:
     shown = SHOWN if own.show is None else own.show
     if shown < 0:
         raise InputError(f"--show {shown} must be 0 or more.")
-    module = RecipeCLI(recipe_arguments, run=False).datamodule
+    module = OneDevice(recipe_arguments).datamodule
     corpus = module.read()
     both = module.pack(corpus)
     console = Console()

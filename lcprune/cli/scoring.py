@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lcprune import api, demo
 from lcprune.cli import bars, options, tables
+from lcprune.cli.machines import OneDevice
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import RecipeCLI
 from lcprune.delivery import pictures
@@ -31,7 +32,7 @@ def run(command: str, arguments: list[str]) -> None:
     )
     options.check_loading(own)
     table, picture = _targets(own.out)
-    cli = RecipeCLI(recipe_arguments, run=False)
+    cli = OneDevice(recipe_arguments)
     options.depth_of_teacher(cli)
     missing = None if picture is None else pictures.missing()
     if missing:

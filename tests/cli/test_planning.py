@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lcprune.cli import main
+from lcprune.cli.machines import OneDevice
 from tests.builders import tiny_config
 from tests.cli.recipe import recipe, write
 
@@ -68,3 +69,16 @@ def test_plan_mistake_is_one_sentence(
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_plan_of_more_devices_than_there_are_reckons_with_all_of_them(config: str, capsys: pytest.CaptureFixture[str]):
+    for devices in ("8", "[0,1,2,3,4,5,6,7]"):
+        more = ["--trainer.accelerator", "cuda", "--trainer.devices", devices, "--trainer.strategy", "ddp"]
+        assert main(["plan", "--config", config, "--json", *more]) == 0
+        assert json.loads(capsys.readouterr().out)["tokens_per_step"] == 8 * 128
+
+
+def test_command_that_does_not_train_takes_one_device_of_many(config: str):
+    more = ["--trainer.devices", "8", "--trainer.num_nodes", "2", "--trainer.strategy", "ddp"]
+    trainer = OneDevice(["--config", config, *more]).trainer
+    assert (trainer.world_size, type(trainer.strategy).__name__) == (1, "SingleDeviceStrategy")
