@@ -7,6 +7,11 @@ a defect of ours and keeps its traceback.
 """
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says, or else its kind, to stand within a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ").replace(". ", ", ")
+
+
 class InputError(ValueError):
     """The user's input is wrong; the message is one sentence that says how to mend it."""
 

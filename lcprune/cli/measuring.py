@@ -157,7 +157,8 @@ def _read_text(job: Job) -> tuple[Models, _OfText]:
     student = load(job.subject.model, job.dtype, job.device, named="MODEL")
     batches = track(job.text.batches, "reading held-out text")
     if job.teacher is None:
-        perplexity, tokens = comparison.alone(student, batches)
+        with job.precision():
+            perplexity, tokens = comparison.alone(student, batches)
         return {"student": student}, _OfText({"student": perplexity}, {}, tokens)
     teacher = load(job.teacher, job.held.dtype, job.device, job.held.packed, named="--teacher")
     with job.precision():

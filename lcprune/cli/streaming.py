@@ -16,7 +16,7 @@ from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.delivery.export import export_stream
 from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.teacher import stored_dtype
-from lcprune.errors import InputError
+from lcprune.errors import InputError, reason
 from lcprune.files import write_text
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.streaming import (
@@ -95,10 +95,9 @@ def weights_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[ONE_FILE, "model-*-of-*.safetensors", INDEX]))
     except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
         raise InputError(
-            f"The weights of model.teacher={name!r} cannot be fetched ({reason}): check the name and the network, or "
-            "name a local folder written by save_pretrained."
+            f"The weights of model.teacher={name!r} cannot be fetched ({reason(error)}): check the name and "
+            "the network, or name a local folder written by save_pretrained."
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lcprune import demo, weights
-from lcprune.errors import InputError, RunError
+from lcprune.errors import InputError, RunError, reason
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -154,10 +154,9 @@ def load(name: str) -> "PreTrainedModel":
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
         raise InputError(
-            f"model {name!r} cannot write the text of data.generate ({reason}): name a causal language model with "
-            "its weights in data.generate.model."
+            f"model {name!r} cannot write the text of data.generate ({reason(error)}): name a causal language model "
+            "with its weights in data.generate.model."
         ) from error
     model: PreTrainedModel = loaded[0]
     weights.check_loaded(model, loaded[1], f"data.generate.model={name!r}")

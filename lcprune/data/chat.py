@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lcprune.data.columns import Conversation, Message
-from lcprune.errors import InputError
+from lcprune.errors import InputError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
-                f"{self.name} refuses a conversation of {roles} ({_first_line(error)}): mend the data, or name another "
+                f"{self.name} refuses a conversation of {roles} ({reason(error)}): mend the data, or name another "
                 "template in data.chat_template."
             ) from error
 
@@ -218,7 +218,3 @@ def _own(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

@@ -6,7 +6,7 @@ from glob import escape
 from pathlib import Path
 
 from lcprune.data.columns import Columns, Documents, documents_of
-from lcprune.errors import InputError
+from lcprune.errors import InputError, reason
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SUFFIXES = (*_BUILDERS, ".txt")
@@ -111,5 +111,5 @@ def _explained(source: str, way_out: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer sentences say nothing
             cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or ["no rows"])[0].rstrip(".: ").replace(". ", ", ")
-        raise InputError(f"{source} could not be read ({reason}): {way_out}.") from error
+        said = reason(cause) if str(cause).strip() else "no rows"
+        raise InputError(f"{source} could not be read ({said}): {way_out}.") from error

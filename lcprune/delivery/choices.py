@@ -75,7 +75,7 @@ def read(path: Path, limit: int | None = None) -> list[Question]:
         InputError: The file cannot be read, is empty, or a row is no such question.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a row may hold other line breaks
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The task file {path} cannot be read ({error}).") from error
     rows = [_question(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lcprune.delivery.evaluate import TaskFigures
-from lcprune.errors import InputError
+from lcprune.errors import InputError, reason
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -72,10 +72,9 @@ def prepare(names: Sequence[str], folder: Path | None = None) -> Tasks:
         manager.load(list(names))
     # What is not in the cache, a hub that cannot be reached, a YAML file that names what is not there.
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
         raise InputError(
-            f"--tasks {','.join(names)} cannot be asked ({reason}): their data are fetched once, with a network; or "
-            "name task files of your own with --task-folder."
+            f"--tasks {','.join(names)} cannot be asked ({reason(error)}): their data are fetched once, with a "
+            "network; or name task files of your own with --task-folder."
         ) from error
     return Tasks(tuple(names), manager, lm_eval.__version__)
 

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from lcprune.errors import InputError, RunError
+from lcprune.errors import InputError, RunError, reason
 
 # OSError and the base class of whatever HTTP library this version of huggingface_hub is built on.
 UNREACHABLE: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
@@ -32,7 +32,7 @@ def check(name: str) -> None:
         HfApi().whoami()
     except UNREACHABLE as error:
         raise InputError(
-            f"--push-to-hub {name}: the hub does not let you in ({_reason(error)}): check the network and your token "
+            f"--push-to-hub {name}: the hub does not let you in ({reason(error)}): check the network and your token "
             "(`hf auth login`)."
         ) from error
 
@@ -57,11 +57,7 @@ def push(folder: Path, name: str) -> str:
         )
     except UNREACHABLE as error:
         raise RunError(
-            f"The upload to {name} failed ({_reason(error)}); {folder} is whole: run "
+            f"The upload to {name} failed ({reason(error)}); {folder} is whole: run "
             f"`lcprune export {folder} --push-to-hub {name}` again."
         ) from error
     return str(made)
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

@@ -22,7 +22,7 @@ from lcprune.distillation.adapters import Lora
 from lcprune.distillation.randomness import RngState
 from lcprune.distillation.storing import META, check_whole
 from lcprune.distillation.teacher import DtypeName, load
-from lcprune.errors import InputError
+from lcprune.errors import InputError, reason
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.surgery import mend_config
@@ -194,9 +194,8 @@ def load_file(path: Path) -> dict[str, object]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ").replace(". ", ", ")
         raise InputError(
-            f"ckpt_path={path} cannot be read, it is not a whole checkpoint ({reason[:120]}): name another one."
+            f"ckpt_path={path} cannot be read, it is not a whole checkpoint ({reason(error)[:120]}): name another one."
         ) from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"ckpt_path={path} is not a Lightning checkpoint: name one from a run's folder.")

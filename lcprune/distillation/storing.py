@@ -22,7 +22,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lcprune.errors import DiskError, InputError
+from lcprune.errors import DiskError, InputError, reason
 from lcprune.files import left_behind, replacing
 
 SUFFIX = ".ckpt"
@@ -92,8 +92,8 @@ def check_whole(path: Path) -> None:
     Raises:
         InputError: The file is truncated, altered or no checkpoint; the message names the newest whole one beside it.
     """
-    reason = damage(path)
-    if reason is None:
+    found = damage(path)
+    if found is None:
         return
     whole = newest_whole(path.parent, but=path)[0]
     instead = (
@@ -101,7 +101,7 @@ def check_whole(path: Path) -> None:
         if whole
         else "no other in its folder is, name another one"
     )
-    raise InputError(f"ckpt_path={path} cannot be read, it is not a whole checkpoint ({reason}): {instead}.")
+    raise InputError(f"ckpt_path={path} cannot be read, it is not a whole checkpoint ({found}): {instead}.")
 
 
 def damage(path: Path) -> str | None:
@@ -125,7 +125,7 @@ def _damage(path: Path, size: int, written: int) -> str | None:
             wrong = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, RuntimeError) as error:
         # A bit in a header can ask for a password, a compression or an encoding that was never there.
-        return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")[:120]
+        return reason(error)[:120]
     return None if wrong is None else f"the checksum of {wrong} is wrong"
 
 

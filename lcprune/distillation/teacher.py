@@ -18,7 +18,7 @@ from lcprune.distillation import adapters, quantized
 from lcprune.distillation.head import Head
 from lcprune.distillation.passes import Call, States, Wanted, calls_without_running, forward
 from lcprune.distillation.quantized import Packed
-from lcprune.errors import InputError
+from lcprune.errors import InputError, reason
 from lcprune.merging.architectures import check_config, layout_of
 from lcprune.merging.calibration import HEAD_FIELDS, Batch
 from lcprune.merging.surgery import second_view as second_view
@@ -110,9 +110,8 @@ def load(
             output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".: ")
         raise InputError(
-            f"The weights of {named}={name!r} cannot be loaded ({reason}): save or fetch the model anew."
+            f"The weights of {named}={name!r} cannot be loaded ({reason(error)}): save or fetch the model anew."
         ) from error
     model: PreTrainedModel = loaded[0]
     weights.check_loaded(model, loaded[1], f"{named}={name!r}")

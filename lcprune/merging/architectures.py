@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lcprune.errors import InputError
+from lcprune.errors import InputError, reason
 from lcprune.merging.families import LAYOUTS, Branch, LayerLayout, Producer
 
 __all__ = ["LAYOUTS", "Branch", "LayerLayout", "Producer", "layout_of"]
@@ -73,10 +73,9 @@ def check_config(config: PretrainedConfig, named: str) -> None:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except _CANNOT_BE_BUILT as error:
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".: ")
         raise InputError(
             f"{named}: transformers cannot build the model that its config.json describes ({type(error).__name__}: "
-            f"{reason[:200]}): correct the config, or fetch the model anew."
+            f"{reason(error)[:200]}): correct the config, or fetch the model anew."
         ) from error
 
 
