@@ -82,6 +82,10 @@ def test_figures_are_those_of_the_run_in_its_precision_and_on_its_batches(
     run = _fitted(tmp_path, tiny_folder, **changes)
     assert main(["evaluate", str(run)]) == 0
     assert _is_as_the_run_says(_json(run / "evaluation.json"), run)
+    alone = tmp_path / "alone.json"
+    assert main(["evaluate", str(run), "--teacher", "none", "--out", str(alone)]) == 0
+    final = _json(run / "figures.json")["final"]
+    assert _json(alone)["models"]["student"]["perplexity"] == pytest.approx(final["val/perplexity"], rel=1e-6)
     assert main(["evaluate", str(run), "--dtype", "bfloat16", "--config", str(run / "recipe.yaml")]) == 0
     assert not _is_as_the_run_says(_json(run / "evaluation.json"), run) or "trainer__precision" not in changes
 

@@ -117,6 +117,12 @@ def test_mistake_in_a_task_file_names_its_line(row: object, message: str, tmp_pa
         choices.read(_file(tmp_path, good, row))
 
 
+def test_row_may_hold_what_ends_a_line_elsewhere(tmp_path: Path):
+    row = {"context": "a\u2028b\x85c", "choices": ["d\u2029", "e"], "label": 0}
+    path = _file(tmp_path, json.dumps(row, ensure_ascii=False))
+    assert [question.context for question in choices.read(path)] == [row["context"]]
+
+
 def test_task_file_without_rows_or_not_there_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="holds no rows"):
         choices.read(_file(tmp_path, ""))
