@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,19 @@ def cache_folder() -> Path:
     if own := os.environ.get("LCPRUNE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcprune"
+
+
+def near_miss(path: Path) -> Path | None:
+    """The file that a path to nothing may have meant: the one beside it with the most similar name; None if none is."""
+    names = [file.name for file in path.parent.glob("*") if file.is_file()]
+    return next((path.with_name(name) for name in get_close_matches(path.name, names, 1)), None)
+
+
+def not_there(path: Path) -> str:
+    """What to say behind the name of a file that does not exist."""
+    if near := near_miss(path):
+        return f"does not exist, did you mean {near}? check the path"
+    return "does not exist: check the path (it counts from the folder the command runs in)"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,8 +15,8 @@ from typing import NoReturn
 
 import torch
 
-from lcprune import __version__
-from lcprune.cli import bars, heldout, options, side_by_side
+from lcprune import __version__, files
+from lcprune.cli import bars, heldout, options, recipes, side_by_side
 from lcprune.cli.measuring import Job, Known, Tasks, evaluated
 from lcprune.cli.quiet import quieten
 from lcprune.cli.subjects import Subject, look_at
@@ -112,9 +112,9 @@ def _check(own: argparse.Namespace) -> None:
         raise InputError(
             f"--task-folder {own.task_folder} is not a folder: name one that holds NAME.jsonl or YAML files."
         )
-    for option, path in (("--config", own.config), ("--text", own.text)):
+    for option, path, way in (("--config", own.config, recipes.not_there), ("--text", own.text, files.not_there)):
         if path is not None and not path.is_file():
-            raise InputError(f"{option} {path} does not exist or is not a file: check the path.")
+            raise InputError(f"{option} {path} {'is a folder: name a file' if path.is_dir() else way(path)}.")
 
 
 def _teacher(asked: str | None, subject: Subject) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import lcprune
+from lcprune import files
 from lcprune.cli import recipes
 from lcprune.errors import InputError
 
@@ -46,9 +47,8 @@ def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
     if match := _AMBIGUOUS.search(message):
         return _unknown_setting(match[1], settings)
     if match := _NO_FILE.search(message):
-        way = recipes.way_to(Path(match[2])) if match[1] == "config" else ""
-        way = way or "check the path (it counts from the folder the command runs in)"
-        return f"{match[1]}={match[2]} does not exist: {way}{'' if way.endswith('?') else '.'}"
+        looked_for = recipes.not_there if match[1] == "config" else files.not_there
+        return f"{match[1]}={match[2]} {looked_for(Path(match[2]))}."
     if match := _UNKNOWN.search(message):
         return _unknown_setting(match[1] or match[2], settings)
     key = key_of(message)

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 import lcprune
+from lcprune import files
 from lcprune.errors import InputError
-from lcprune.files import write_text
 
 MODELS = "models"
 """The folder of the overlays, inside that of the recipes."""
@@ -55,8 +55,8 @@ def run(command: str, arguments: list[str]) -> None:
 def known() -> dict[str, Path]:
     """Every recipe and overlay by name, methods first."""
     folder = _folder()
-    files = [*sorted(folder.glob("*.yaml")), *sorted((folder / MODELS).glob("*.yaml"))]
-    return {file.stem: file for file in files}
+    found = [*sorted(folder.glob("*.yaml")), *sorted((folder / MODELS).glob("*.yaml"))]
+    return {file.stem: file for file in found}
 
 
 def copy(name: str, target: Path | None = None) -> Path:
@@ -74,20 +74,20 @@ def copy(name: str, target: Path | None = None) -> Path:
     path = place if place.suffix in (".yaml", ".yml") else place / source.name
     if path.exists():
         raise InputError(f"{path} exists already and is left as it is: remove it, or name another file.")
-    write_text(path, source.read_text(encoding="utf-8"))
+    files.write_text(path, source.read_text(encoding="utf-8"))
     return path
 
 
-def way_to(path: Path) -> str:
-    """How to get a recipe that is not where it was looked for, as the end of a sentence; empty for one unknown."""
-    if path.stem not in known():
-        return ""
+def not_there(path: Path) -> str:
+    """What to say behind the name of a recipe that does not exist: which one was meant, or how to get it."""
     place = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    file = place.with_suffix(".yaml")
-    if file.exists():
-        return f"did you mean {file}?"
+    name = next(iter(get_close_matches(path.stem, known(), 1)), None)
+    if name is None or files.near_miss(place):
+        return files.not_there(place)
+    file = place.with_name(f"{name}.yaml")
     target = "" if file == Path(file.name) else f" {file}"
-    return f"`lcprune recipes copy {path.stem}{target}` writes {file}"
+    meant = ":" if name == path.stem else f", did you mean {name}?"
+    return f"does not exist{meant} `lcprune recipes copy {name}{target}` writes {file}"
 
 
 def headline(file: Path) -> str:
@@ -116,7 +116,7 @@ def _list() -> None:
 
 def _named(name: str) -> Path:
     recipes = known()
-    stem = Path(name).name.removesuffix(".yaml")
+    stem = Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     if stem in recipes:
         return recipes[stem]
     near = get_close_matches(stem, recipes, 1)

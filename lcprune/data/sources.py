@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lcprune.data.columns import Columns, Documents, documents_of
 from lcprune.errors import InputError, reason
+from lcprune.files import not_there
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SUFFIXES = (*_BUILDERS, ".txt")
@@ -15,7 +16,7 @@ _SUFFIXES = (*_BUILDERS, ".txt")
 def file_mistake(path: Path) -> str | None:
     """What is wrong with a file before it is read, to be put behind its name; None if nothing is."""
     if not path.exists():
-        return "does not exist: check the path (it counts from the folder the command runs in)"
+        return not_there(path)
     if not path.is_file():
         return "is not a file: name one file"
     if path.suffix.lower() not in _SUFFIXES:

@@ -26,11 +26,11 @@ def test_recipes_lists_every_recipe_and_overlay_with_its_headline(capsys: pytest
     assert "from 30 to 24 layers in three merges while it trains, taught by the original." in shown
 
 
-@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "models/llama-3.2-1b", "llama-3.2-1b"])
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yml", "models/llama-3.2-1b", "llama-3.2-1b"])
 def test_recipes_copy_hands_out_the_file_itself(name: str, here: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["recipes", "copy", name]) == 0
     path = Path(capsys.readouterr().out.removeprefix("recipe: ").strip())
-    assert path.read_bytes() == recipes.known()[Path(name).name.removesuffix(".yaml")].read_bytes()
+    assert path.read_bytes() == recipes.known()[path.stem].read_bytes()
     assert [each.name for each in here.iterdir()] == [path.name]
 
 
@@ -69,6 +69,7 @@ def test_recipes_mistake_is_one_sentence(arguments: list[str], words: str, capsy
     [
         ("quickstart", "quickstart does not exist: `lcprune recipes copy quickstart` writes quickstart.yaml."),
         ("come.yaml", "`lcprune recipes copy come` writes come.yaml."),
+        ("quikstart.yaml", "did you mean quickstart? `lcprune recipes copy quickstart` writes quickstart.yaml."),
         (
             "recipes/models/qwen3-4b.yaml",
             "`lcprune recipes copy qwen3-4b recipes/models/qwen3-4b.yaml` writes recipes/",
@@ -82,17 +83,18 @@ def test_missing_config_with_the_name_of_a_recipe_says_how_to_get_it(
     assert way in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["quickstart.yml", "quikstart.yaml"])
+@pytest.mark.parametrize("command", [["fit"], ["evaluate", "demo:smollm2"]])
 def test_missing_config_beside_the_recipe_that_was_meant_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], given: str, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.chdir(tmp_path)
     recipes.copy("quickstart")
-    assert main(["fit", "--config", "quickstart.yml"]) == 2
-    assert "quickstart.yml does not exist: did you mean quickstart.yaml?\n" in capsys.readouterr().err
+    assert main([*command, "--config", given]) == 2
+    assert f"{given} does not exist, did you mean quickstart.yaml? check the path.\n" in capsys.readouterr().err
 
 
-def test_way_to_an_unknown_recipe_is_empty():
-    assert recipes.way_to(Path("nowhere.yaml")) == ""
+def test_unknown_recipe_is_a_path_to_check():
+    assert recipes.not_there(Path("nowhere.yaml")).startswith("does not exist: check the path")
 
 
 def test_recipes_imports_nothing_heavy():
