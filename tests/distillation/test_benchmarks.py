@@ -53,7 +53,7 @@ def test_ratios_are_of_the_best_peer_of_the_same_round():
         {"ours": _figures(3, 30), "ours_after_merge": _figures(1, 20), "a": _figures(6, 60), "b": _figures(4, 50)},
         {"ours": _figures(9, 30), "ours_after_merge": _figures(1, 20), "a": _figures(9, 60)},
     ]
-    result = peers.summary(rounds)
+    result = peers.summary(rounds, rounds)
     assert result["time_ratio"] == 0.75  # of 0.5, 0.75 and 1
     assert result["time_ratio_after_merge"] == 0.25
     assert result["memory_ratio"] == 0.6  # of 0.6, 0.6 and 0.5
@@ -66,13 +66,14 @@ def test_ratios_are_of_the_best_peer_of_the_same_round():
 
 
 def test_nothing_to_compare_gives_no_ratio():
-    assert peers.summary([{"ours": _figures(1, 30)}])["time_ratio"] is None
+    alone = [{"ours": _figures(1, 30)}]
+    assert peers.summary(alone, alone)["time_ratio"] is None
 
 
 def test_peer_that_does_not_run_is_named_with_its_error(monkeypatch: pytest.MonkeyPatch):
     tried = []
 
-    def outcome(name: str, work: contestants.Work) -> dict[str, float] | str:
+    def outcome(name: str, work: contestants.Work, environment: dict[str, str]) -> dict[str, float] | str:
         tried.append(name)
         return "ImportError: no such peer" if name == "trl_gkd" else _figures(1, 1)
 
