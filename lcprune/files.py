@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
+from lcprune.errors import InputError
+
 PARTIAL = ".tmp-"
 """Between the hidden name of what is being written and the number of the process that writes it."""
 LEFT_ALONE = 60.0
@@ -32,6 +34,28 @@ def not_there(path: Path) -> str:
     if near := near_miss(path):
         return f"does not exist, did you mean {near}? check the path"
     return "does not exist: check the path (it counts from the folder the command runs in)"
+
+
+def check_file(named: str, path: Path) -> None:
+    """Looks at a file that is to be written, before the work that it is for.
+
+    Args:
+        named: The option that names it.
+        path: It need not exist, nor its folder.
+
+    Raises:
+        InputError: It is a folder, or lies where nothing can be written.
+    """
+    if path.is_dir():
+        raise InputError(f"{named} {path} is a folder: name a file in it.")
+    check_place(f"{named} {path}", path)
+
+
+def check_place(given: str, path: Path) -> None:
+    """Raises InputError, with what was given, unless a file or folder can be made there."""
+    place = next(folder for folder in path.resolve().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{given} cannot be made, {place} is not a folder that you may write to: name another place.")
 
 
 def write_text(path: Path, text: str) -> None:

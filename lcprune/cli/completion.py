@@ -11,14 +11,12 @@ the script itself runs nothing of lcprune.
 import io
 import re
 import shlex
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from contextlib import redirect_stdout, suppress
-from typing import NoReturn
 
 from lcprune import cli
 from lcprune.cli import recipes
-from lcprune.errors import InputError
+from lcprune.cli.arguments import CommandParser
 
 EXAMPLES = """examples:
   lcprune completion bash > ~/.local/share/bash-completion/completions/lcprune
@@ -53,13 +51,8 @@ SHELLS = ("bash", "zsh", "fish")
 
 def run(command: str, arguments: list[str]) -> None:
     """`lcprune completion SHELL`."""
-    parser = _Parser(
-        prog=f"lcprune {command}",
-        description="Prints a script that makes a shell complete lcprune's commands, options, recipes and files.",
-        epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    description = "Prints a script that makes a shell complete lcprune's commands, options, recipes and files."
+    parser = CommandParser(command, description, EXAMPLES)
     parser.add_argument("shell", choices=SHELLS, help="which shell")
     print(script(parser.parse_args(arguments).shell), end="")
 
@@ -103,8 +96,3 @@ def script(shell: str) -> str:
 
 def _words(words: Iterable[str], separator: str = "\n") -> str:
     return shlex.quote(separator.join(words))
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog}: {message}.")

@@ -6,9 +6,9 @@ What could fail at the end (a name, a login, a converter) is looked at before an
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from lcprune import demo, weights
+from lcprune.cli.arguments import CommandParser
 from lcprune.cli.quiet import quieten
 from lcprune.cli.subjects import look_at
 from lcprune.delivery import gguf, hub
@@ -37,14 +37,8 @@ def run(command: str, arguments: list[str]) -> None:
         print(f"hub: {hub.push(folder, own.push_to_hub)}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        usage=USAGE,
-        description=str(__doc__).partition("\n")[0],
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser("export", str(__doc__).partition("\n")[0], EXAMPLES, USAGE)
     parser.add_argument(
         "source", type=Path, help="A .ckpt that lcprune fit wrote, an exported folder, or a run folder."
     )
@@ -53,11 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="Make a .gguf file of the folder.")
     parser.add_argument("--gguf-type", default=gguf.TYPES[0], help=f"{', '.join(gguf.TYPES)}: of its weights.")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"lcprune export: {message}.")
 
 
 def _check(own: argparse.Namespace) -> None:

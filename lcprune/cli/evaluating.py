@@ -11,12 +11,12 @@ they may differ in the last digits. Everything else is measured with both models
 import argparse
 import os
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from lcprune import __version__, files
 from lcprune.cli import bars, heldout, options, recipes, side_by_side
+from lcprune.cli.arguments import CommandParser
 from lcprune.cli.measuring import Job, Known, Tasks, evaluated
 from lcprune.cli.quiet import quieten
 from lcprune.cli.subjects import Subject, look_at
@@ -25,7 +25,7 @@ from lcprune.delivery.card import with_evaluation
 from lcprune.delivery.evaluate import Evaluation
 from lcprune.distillation.teacher import DTYPES, DtypeName, stored_dtype
 from lcprune.errors import InputError
-from lcprune.files import write_text
+from lcprune.files import check_file, write_text
 
 FILE = "evaluation.json"
 """What the figures are called where --out says nothing."""
@@ -67,14 +67,8 @@ def _tell_card(job: Job, evaluation: Evaluation) -> None:
     print(f"model card: {card}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        usage=USAGE,
-        description=str(__doc__).partition("\n")[0],
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser("evaluate", str(__doc__).partition("\n")[0], EXAMPLES, USAGE)
     parser.add_argument("models", metavar="MODEL", nargs="+", help="A run folder, a model's folder or a name.")
     parser.add_argument("--teacher", help="What to compare with; default: by the model's history.json; none = nothing.")
     parser.add_argument("--tasks", help="Names with commas: files of --task-folder, else tasks of lm-eval.")
@@ -90,11 +84,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, of both models; default: as the model is stored.")
     parser.add_argument("--out", type=Path, help=f"JSON file; default: {FILE} in the run's or the model's folder.")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"lcprune evaluate: {message}: compare lcprune evaluate --help.")
 
 
 def _check(own: argparse.Namespace) -> None:
@@ -150,7 +139,5 @@ def _job(own: argparse.Namespace, subject: Subject, teacher: str | None) -> Job:
     stored = str(stored_dtype(subject.config)).removeprefix("torch.")
     dtype: DtypeName = own.dtype or next((name for name in DTYPES if name == stored), DTYPES[0])
     out = own.out or subject.home / FILE
-    place = next(folder for folder in out.resolve().parents if folder.exists())
-    if not os.access(place, os.W_OK):
-        raise InputError(f"{out} cannot be written, {place} is not yours to write to: name another file with --out.")
+    check_file("--out", out)
     return Job(subject, teacher, text, dtype, own.dtype is not None, torch.device(own.device or text.device), out)

@@ -13,11 +13,14 @@ from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.delivery.export import check_target, export
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
-from lcprune.files import write_text
+from lcprune.files import check_file, write_text
 from lcprune.merging import collapse
 from lcprune.merging.activity import KnownActivity
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import from_spec
+
+PLAN = Path("plan.json")
+"""Where a plan goes unless --out says otherwise."""
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -45,7 +48,9 @@ def _collapse(arguments: list[str]) -> None:
     budget = budgets.asked(own)
     if own.out is None and not own.plan_only:
         raise InputError("--out is missing: name the folder for the shortened model, or ask for --plan-only.")
-    if not own.plan_only:
+    if own.plan_only:
+        check_file("--out", own.out or PLAN)
+    else:
         check_target(own.out)
     cli = OneDevice(recipe_arguments)
     name = demo.public_name(cli.model.teacher_name)
@@ -63,7 +68,7 @@ def _collapse(arguments: list[str]) -> None:
     history = replace(given, teacher=name)
     tables.plan(history)
     if own.plan_only:
-        path = own.out or Path("plan.json")
+        path = own.out or PLAN
         write_text(path, history.to_json())
         print(budgets.outcome(history, cli, budget))
         print(f"{path}: edit it and run `lcprune collapse ... --plan {path} --out FOLDER`")

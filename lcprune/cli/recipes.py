@@ -7,16 +7,15 @@ In a checkout they lie in `recipes/`; a wheel has them inside the package. Impor
 """
 
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 import lcprune
 from lcprune import files
+from lcprune.cli.arguments import CommandParser
 from lcprune.errors import InputError
 
 MODELS = "models"
@@ -30,13 +29,7 @@ EXAMPLES = """examples:
 
 def run(command: str, arguments: list[str]) -> None:
     """`lcprune recipes` and `lcprune recipes copy NAME [TARGET]`."""
-    parser = _Parser(
-        prog="lcprune recipes",
-        description="Lists the recipes that lcprune brings, or copies one.",
-        epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(command, "Lists the recipes that lcprune brings, or copies one.", EXAMPLES)
     parser.add_argument("action", nargs="?", choices=("list", "copy"), default="list", help="list is the default")
     parser.add_argument("name", nargs="?", help="which recipe to copy, as the list calls it")
     parser.add_argument("target", nargs="?", type=Path, help="folder or file for it; default: its own name, here")
@@ -129,8 +122,3 @@ def _folder() -> Path:
     package = Path(lcprune.__file__).parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog}: {message}.")

@@ -4,7 +4,7 @@ Everything on the disk costs nothing to show. Similarities and generated text ne
 `--blocks` and `--samples` say how much of it there is to be, and with 0 for both no weights are loaded.
 """
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lcprune import demo
 from lcprune.cli import bars, options
+from lcprune.cli.arguments import CommandParser
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import Parser
 from lcprune.data.module import TextDataModule
@@ -26,6 +27,7 @@ from lcprune.distillation import checkpoint
 from lcprune.distillation.beginning import history_of
 from lcprune.distillation.teacher import DtypeName, load, second_view
 from lcprune.errors import InputError
+from lcprune.files import check_file
 from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import MergeHistory
 
@@ -54,19 +56,8 @@ def run(command: str, arguments: list[str]) -> None:
     print(f"report: {written[0]} and {len(written) - 1} pictures beside it")
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise InputError(f"lcprune report: {message}.")
-
-
-def _parser() -> ArgumentParser:
-    parser = _Parser(
-        prog="lcprune report",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser("report", str(__doc__), EXAMPLES)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="Folder of lcprune fit or collapse.")
     parser.add_argument(
         "--out", type=Path, help="The HTML file; default: report.html in the folder of the (first) run."
@@ -85,8 +76,9 @@ def _check(own: Namespace) -> Path:
         if getattr(own, name) < 0:
             raise InputError(f"--{name} {getattr(own, name)} must be 0 or more; 0 leaves that part out.")
     out: Path = own.out or own.runs[0] / "report.html"
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+    if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out} must be a file ending in .html; the pictures are put beside it.")
+    check_file("--out", out)
     return out
 
 

@@ -13,7 +13,7 @@ from lcprune.cli.quiet import quieten
 from lcprune.cli.training import RecipeCLI
 from lcprune.delivery import pictures
 from lcprune.errors import InputError
-from lcprune.files import write_bytes, write_text
+from lcprune.files import check_file, write_bytes, write_text
 
 EXAMPLES = """an example:
   lcprune score --config recipes/shortgpt.yaml --data.path my.jsonl --out scores
@@ -52,9 +52,12 @@ def _targets(out: Path | None) -> tuple[Path | None, Path | None]:
     if out is None:
         return None, None
     if out.suffix == ".json" and not out.is_dir():
+        check_file("--out", out)
         return out, None
     if out.suffix == ".png" or (out.exists() and not out.is_dir()):
         raise InputError(f"--out {out} must be a folder, for scores.json and scores.png, or a file ending in .json.")
+    check_file("--out", out / "scores.json")
+    check_file("--out", out / "scores.png")
     return out / "scores.json", out / "scores.png"
 
 

@@ -1,6 +1,6 @@
 """What `evaluate` and `export` are pointed at: a run folder, a model's folder, or a name; looked over without weights.
 
-runs/x            recipe.yaml, student/ with history.json       evaluation.json goes into it
+runs/x            recipe.yaml, student/ (or out: of the recipe) with history.json    evaluation.json goes into it
 short/            config.json, perhaps history.json, recipe.yaml               into it
 demo:smollm2, owner/name                                       into the current folder
 """
@@ -12,8 +12,8 @@ import yaml
 from transformers import PretrainedConfig
 
 from lcprune import demo
-from lcprune.cli.training import STUDENT
 from lcprune.delivery.export import RECIPE
+from lcprune.delivery.runs import student_of
 from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.lineage import HISTORY, MergeHistory
@@ -70,8 +70,8 @@ def look_at(name: str) -> Subject:
         InputError: There is no model, or its history is not that of its config.
     """
     place = Path(name).expanduser()
-    run = place.is_dir() and not (place / "config.json").is_file() and (place / STUDENT).is_dir()
-    folder = place / STUDENT if run else place
+    run = place.is_dir() and not (place / "config.json").is_file()
+    folder = (student_of(place) if run else None) or place
     local = folder.is_dir()
     if local and not (folder / "config.json").is_file():
         raise InputError(

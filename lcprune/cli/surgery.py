@@ -13,6 +13,7 @@ from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.checkpoint import Record
 from lcprune.distillation.storing import AtomicCheckpointIO
 from lcprune.errors import InputError
+from lcprune.files import check_file
 from lcprune.merging import refit as refits
 from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
@@ -70,6 +71,7 @@ def run(command: str, arguments: list[str]) -> None:
     given, budget = _asked(own)
     if out.exists():
         raise InputError(f"{out} exists: name a file that does not, or move it away.")
+    check_file("OUT", out)
     record = offline.check(source)
     cli = RecipeCLI([*recipe_arguments, *_trainer(own.device)], run=False)
     plan = _plan(cli, record, given, budget)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lcprune.delivery.card import model_card
 from lcprune.errors import DiskError, InputError, RunError
-from lcprune.files import left_behind
+from lcprune.files import check_place, left_behind
 from lcprune.identity import write_checksums
 from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import HISTORY, MergeHistory
@@ -168,9 +168,7 @@ def check_target(out: Path) -> None:
             f"out={out} exists and is neither an empty folder nor an earlier export of lcprune (those hold {HISTORY} "
             "and config.json): name a new folder, or move that one away."
         )
-    parent = next(folder for folder in out.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"out={out} cannot be made, {parent} is not a folder that you may write to: name another one.")
+    check_place(f"out={out}", out)
 
 
 def folder_size(path: Path) -> int:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from lcprune.errors import InputError, RunError
+from lcprune.files import check_file
 
 SCRIPT = "convert_hf_to_gguf.py"
 PLACE = "LLAMA_CPP"
@@ -54,11 +55,9 @@ def check(out: Path, kind: str) -> None:
     """
     if kind not in TYPES:
         raise InputError(f"--gguf-type {kind} must be one of {', '.join(TYPES)}.")
-    if out.suffix != ".gguf" or out.is_dir():
+    if out.suffix != ".gguf":
         raise InputError(f"--gguf {out} must be a file that ends in .gguf.")
-    place = next(folder for folder in out.resolve().parents if folder.exists())
-    if not os.access(place, os.W_OK):
-        raise InputError(f"--gguf {out} cannot be written, {place} is not yours to write to: name another file.")
+    check_file("--gguf", out)
     converter()
 
 

@@ -109,11 +109,16 @@ def _command(run: Run) -> str:
     recipe = run.folder / RECIPE
     if not recipe.is_file():
         return ""
-    if (run.folder / HISTORY).is_file():
+    fitted = run.recipe is not None and "ckpt_path" in run.recipe  # a key of fit's; its export has the recipe, too
+    if (run.folder / HISTORY).is_file() and not fitted:
         words = ["lcprune", "collapse", "--config", str(recipe), "--plan", str(run.folder / HISTORY), "--out", "again"]
         return shlex.join(words)
     words = ["lcprune", "fit", "--config", str(recipe), "--trainer.default_root_dir", "again"]
     logger = run.setting("trainer", "logger", "init_args")
     if isinstance(logger, Mapping) and "save_dir" in logger:
         words += ["--trainer.logger.init_args.save_dir", "again"]
+    if run.setting("out") is not None:
+        words += ["--out", "again/student"]
+    if run.setting("ckpt_path") is not None:
+        words += ["--ckpt_path", "null"]
     return shlex.join(words)

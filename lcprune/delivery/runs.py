@@ -135,6 +135,11 @@ def read(folder: Path) -> Run:
     )
 
 
+def student_of(folder: Path) -> Path | None:
+    """Where the student of a run is: inside, or where the run's recipe has exported it to; None if it is nowhere."""
+    return _student(folder, _recipe(folder, [])[1])
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that a run wrote last; None if it wrote none."""
     return max((folder / CHECKPOINTS).glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)

@@ -305,5 +305,16 @@ COMMANDS: dict[str, tuple[list[str], Parts]] = {
     "dtype that is none": (["collapse", "--dtype", "int3", "--out", "o"], ("--dtype int3", "bfloat16")),
     "device that is none": (["score", "--device", "toaster"], ("--device toaster", "cuda:1")),
     "device that is not there": (["score", "--device", "cuda:99"], ("cuda:99", "torch finds", "leave --device out")),
+    "plan into a folder": (
+        ["collapse", "--plan-only", "--out", "/tmp"],
+        ("--out /tmp", "is a folder", "name a file"),
+    ),
+    "plan below a file": (["collapse", "--plan-only", "--out", f"{__file__}/p.json"], ("corpus.py", "is not a folder")),
+    "scores below a file": (
+        ["score", "--out", f"{__file__}/scores"],
+        ("corpus.py", "is not a folder", "another"),
+    ),
+    "report below a file": (["report", "r", "--out", f"{__file__}/r.html"], ("corpus.py", "is not a folder")),
+    "student below a file": (["collapse", "--out", f"{__file__}/s"], ("corpus.py", "is not a folder")),
     "layers that are none": (["cache", "--layers", "x", "--out", "o"], ("'x'", "3,7")),
 }

@@ -78,6 +78,23 @@ def test_report_of_a_run_whose_text_is_gone_says_so(run: Path):
     assert "elsewhere.txt" in text_of(run).partition("Family tree")[0]
 
 
+def test_report_says_how_to_run_again_from_the_start_and_into_another_folder(run: Path):
+    saved = (run / "recipe.yaml").read_text()
+    changed = saved.replace("\nckpt_path: null", "\nckpt_path: x.ckpt").replace(
+        "\nout: null", f"\nout: {run / 'student'}"
+    )
+    assert changed.count("\n") == saved.count("\n")
+    (run / "recipe.yaml").write_text(changed)
+    assert main(["report", str(run), *THIN]) == 0
+    assert f"lcprune fit --config {run / 'recipe.yaml'} --trainer.default_root_dir again" in text_of(run)
+    assert "--out again/student --ckpt_path null" in text_of(run)
+
+
+def test_report_of_what_fit_has_exported_says_fit(finished: Path):
+    assert main(["report", str(finished / "student"), *THIN]) == 0
+    assert "lcprune fit --config" in text_of(finished / "student")
+
+
 def test_report_of_a_run_that_began_with_a_student_compares_with_it(finished: Path, tiny_folder: Path, tmp_path: Path):
     changes = {"collapse__schedule": None, "trainer__max_steps": 2, "model__student": str(finished / "student")}
     content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", **changes)
