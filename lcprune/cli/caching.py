@@ -62,7 +62,7 @@ def run(command: str, arguments: list[str]) -> None:
         examples=EXAMPLES,
     )
     options.check_loading(own)
-    job = _job(own, OneDevice(recipe_arguments))
+    job = _job(own, OneDevice(recipe_arguments, own.device))
     _fill(job)
 
 
@@ -85,7 +85,7 @@ def _job(own: argparse.Namespace, cli: RecipeCLI) -> _Job:
         layers=layers,
     )
     hidden = cli.model.teacher_config.get_text_config().hidden_size
-    device = torch.device(own.device or cli.trainer.strategy.root_device)
+    device = cli.trainer.strategy.root_device
     return _Job(cli.model.teacher_name, storage, device, blocks, Filling(out, origin, hidden))
 
 

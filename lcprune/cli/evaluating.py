@@ -12,8 +12,6 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
-
 from lcprune import __version__, files
 from lcprune.cli import bars, heldout, options, recipes, side_by_side
 from lcprune.cli.arguments import CommandParser
@@ -133,11 +131,11 @@ def _job(own: argparse.Namespace, subject: Subject, teacher: str | None) -> Job:
     """A model with its text."""
     recipe: Path | None = own.config or (subject.recipe if own.text is None else None)
     if recipe is not None:
-        text = heldout.of_recipe(recipe, own.limit)
+        text = heldout.of_recipe(recipe, own.limit, own.device)
     else:
-        text = heldout.of_file(own.text, subject.model, subject.config, own.limit)
+        text = heldout.of_file(own.text, subject.model, subject.config, own.limit, own.device)
     stored = str(stored_dtype(subject.config)).removeprefix("torch.")
     dtype: DtypeName = own.dtype or next((name for name in DTYPES if name == stored), DTYPES[0])
     out = own.out or subject.home / FILE
     check_file("--out", out)
-    return Job(subject, teacher, text, dtype, own.dtype is not None, torch.device(own.device or text.device), out)
+    return Job(subject, teacher, text, dtype, own.dtype is not None, text.device, out)

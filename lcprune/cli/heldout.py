@@ -10,7 +10,6 @@ import torch
 from transformers import PretrainedConfig
 
 from lcprune.cli.machines import OneDevice
-from lcprune.cli.training import RecipeCLI
 from lcprune.data.module import TextDataModule
 from lcprune.distillation.pair import Storage, storages
 from lcprune.errors import InputError
@@ -29,10 +28,10 @@ class HeldOutText:
     batches: Sequence[Batch]
     """`input_ids` [B, T] and what says which tokens are scored."""
     device: torch.device
-    """Where a run of the recipe computes."""
+    """Where to compute: as asked for, else as a run of the recipe does."""
     teacher: Storage | None = None
     """How a run of the recipe holds its teacher; None = there is no recipe."""
-    cli: RecipeCLI | None = None
+    cli: OneDevice | None = None
     """The recipe."""
 
     def precision(self) -> AbstractContextManager[object]:
@@ -40,7 +39,9 @@ class HeldOutText:
         return nullcontext() if self.cli is None else self.cli.trainer.precision_plugin.forward_context()
 
 
-def of_file(path: Path | None, tokenizer: str, config: PretrainedConfig, limit: int | None) -> HeldOutText:
+def of_file(
+    path: Path | None, tokenizer: str, config: PretrainedConfig, limit: int | None, device: str | None = None
+) -> HeldOutText:
     """All of a file, or the held-out part of the built-in text.
 
     Args:
@@ -48,6 +49,7 @@ def of_file(path: Path | None, tokenizer: str, config: PretrainedConfig, limit: 
         tokenizer: The model whose tokenizer is used.
         config: The model's.
         limit: At most so many blocks.
+        device: Where to compute; default: cuda if there is one.
     """
     size = min(BLOCK, getattr(config.get_text_config(), "max_position_embeddings", None) or BLOCK)
     try:
@@ -63,17 +65,19 @@ def of_file(path: Path | None, tokenizer: str, config: PretrainedConfig, limit: 
     except InputError as error:
         raise InputError(f"--text {path or ''} cannot be cut into blocks of {size} tokens: {error}") from error
     source = "held-out part of the built-in text" if path is None else path.name
-    return HeldOutText(source, list(text.val_dataloader()), _usual_device())
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    return HeldOutText(source, list(text.val_dataloader()), torch.device(device or usual))
 
 
-def of_recipe(path: Path, limit: int | None) -> HeldOutText:
+def of_recipe(path: Path, limit: int | None, device: str | None = None) -> HeldOutText:
     """The batches that a run's validation takes, seen as the run sees them.
 
     Args:
         path: The recipe; a run's own recipe.yaml, too.
         limit: At most so many blocks.
+        device: Where to, instead of to what the recipe says.
     """
-    cli = OneDevice(["--config", str(path), "--trainer.accelerator", "auto"])
+    cli = OneDevice(["--config", str(path)], device)
     trainer, module = cli.trainer, cli.model
     try:
         cli.datamodule.setup()
@@ -98,7 +102,3 @@ def _first(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
             return
         yield {name: tensor[:limit] for name, tensor in batch.items()}
         limit -= len(batch["input_ids"])
-
-
-def _usual_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

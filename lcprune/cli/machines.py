@@ -7,14 +7,29 @@ from lcprune.cli.training import RecipeCLI
 
 
 class OneDevice(RecipeCLI):
-    """For commands that work on one device, of the recipe's kind, however many it trains on."""
+    """For commands that work on one device, however many the recipe trains on: `trainer.strategy.root_device`."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], device: str | None = None) -> None:
+        """Parses and makes the objects.
+
+        Args:
+            arguments: The recipe's.
+            device: cpu, cuda or cuda:1; default: of the recipe's kind where this machine has one, else what it has.
+        """
+        self._device = device
         super().__init__(arguments, run=False)
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """A trainer of a single device."""
-        return super().instantiate_trainer(**{"devices": 1, "num_nodes": 1, "strategy": "auto"} | kwargs)
+        kind, _, number = (self._device or self._usual).partition(":")
+        devices = [int(number)] if number else 1
+        one = {"accelerator": kind, "devices": devices, "num_nodes": 1, "strategy": "auto"}
+        return super().instantiate_trainer(**one | kwargs)
+
+    @property
+    def _usual(self) -> str:
+        named = str(self._get(self.config_init, "trainer", default={}).get("accelerator"))
+        return "auto" if named in ("cuda", "gpu") and not torch.cuda.is_available() else named
 
 
 class StandIns(RecipeCLI):

@@ -52,7 +52,7 @@ def _collapse(arguments: list[str]) -> None:
         check_file("--out", own.out or PLAN)
     else:
         check_target(own.out)
-    cli = OneDevice(recipe_arguments)
+    cli = OneDevice(recipe_arguments, own.device)
     name = demo.public_name(cli.model.teacher_name)
     if given is not None and given.teacher not in ("", name):
         raise InputError(f"--plan {own.plan} was made for {given.teacher!r}, model.teacher is {name!r}: name that one.")

@@ -89,7 +89,7 @@ def depth_of_teacher(cli: RecipeCLI) -> int:
 
 
 def load_model(own: argparse.Namespace, cli: RecipeCLI) -> PreTrainedModel:
-    """The recipe's teacher with the dtype and on the device that were asked for, else those of the recipe."""
+    """The recipe's teacher on its trainer's device, in the dtype that was asked for, else in the recipe's."""
     demo.load_tokenizer(cli.model.teacher_name)  # text and export need it: a bad one is refused first
     dtype: DtypeName = own.dtype or cli.model.weights_dtype
-    return load(cli.model.teacher_name, dtype, own.device or cli.trainer.strategy.root_device)
+    return load(cli.model.teacher_name, dtype, cli.trainer.strategy.root_device)

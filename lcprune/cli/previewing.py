@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lcprune.cli import options
-from lcprune.cli.machines import OneDevice
+from lcprune.cli.machines import StandIns
 from lcprune.cli.quiet import quieten
 from lcprune.data.corpus import Corpus
 from lcprune.data.packing import Packed
@@ -45,7 +45,7 @@ def run(command: str, arguments: list[str]) -> None:
     shown = SHOWN if own.show is None else own.show
     if shown < 0:
         raise InputError(f"--show {shown} must be 0 or more.")
-    module = OneDevice(recipe_arguments).datamodule
+    module = StandIns(recipe_arguments).datamodule
     corpus = module.read()
     both = module.pack(corpus)
     console = Console()

@@ -32,7 +32,7 @@ def run(command: str, arguments: list[str]) -> None:
     )
     options.check_loading(own)
     table, picture = _targets(own.out)
-    cli = OneDevice(recipe_arguments)
+    cli = OneDevice(recipe_arguments, own.device)
     options.depth_of_teacher(cli)
     missing = None if picture is None else pictures.missing()
     if missing:

@@ -52,7 +52,7 @@ def collapse(own: argparse.Namespace, cli: RecipeCLI, given: MergeHistory | None
         cli.model.teacher_config,
         weights_folder(name),
         dtype=getattr(torch, own.dtype or cli.model.weights_dtype),
-        device=own.device or cli.trainer.strategy.root_device,
+        device=cli.trainer.strategy.root_device,
     )
     if given is None:
         assert goal is not None

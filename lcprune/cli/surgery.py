@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lcprune.cli import bars, budgets, options, tables
+from lcprune.cli.machines import OneDevice
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.distillation import offline, optim
@@ -30,23 +31,20 @@ examples, for a run under FSDP or DeepSpeed whose recipe says collapse.schedule:
   lcprune collapse-checkpoint last.ckpt short.ckpt --config recipe.yaml --plan plan.json
   lcprune fit --config recipe.yaml --ckpt_path short.ckpt
 """
-WITHOUT_TRAINING = {
-    "strategy": "auto",
-    "devices": "1",
-    "num_nodes": "1",
-    "logger": "false",
-    "callbacks": "[]",
-    "profiler": "null",
-    "max_steps": "-1",
-    "max_epochs": "-1",
-    "max_time": "null",
-    "limit_train_batches": "1.0",
-    "fast_dev_run": "false",
-    "num_sanity_val_steps": "0",
-    "enable_checkpointing": "false",
-    "enable_progress_bar": "false",
-}
-"""The trainer's settings that restoring a run on one device asks for, whatever the recipe says."""
+WITHOUT_TRAINING = (
+    "--trainer.logger=false",
+    "--trainer.callbacks=[]",
+    "--trainer.profiler=null",
+    "--trainer.max_steps=-1",
+    "--trainer.max_epochs=-1",
+    "--trainer.max_time=null",
+    "--trainer.limit_train_batches=1.0",
+    "--trainer.fast_dev_run=false",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_progress_bar=false",
+)
+"""The trainer's settings that restoring a run asks for, whatever the recipe says."""
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -73,7 +71,7 @@ def run(command: str, arguments: list[str]) -> None:
         raise InputError(f"{out} exists: name a file that does not, or move it away.")
     check_file("OUT", out)
     record = offline.check(source)
-    cli = RecipeCLI([*recipe_arguments, *_trainer(own.device)], run=False)
+    cli = OneDevice([*recipe_arguments, *WITHOUT_TRAINING], own.device)
     plan = _plan(cli, record, given, budget)
     with bars.shown():
         objects = (cli.trainer, cli.model, cli.datamodule)
@@ -100,15 +98,6 @@ def _asked(own: argparse.Namespace) -> tuple[MergeHistory | None, Budget | None]
     if budget is not None:
         raise InputError("--plan says what merges already, a target means nothing beside it: give one of them.")
     return MergeHistory.load(own.plan), None
-
-
-def _trainer(device: str | None) -> list[str]:
-    """What the recipe's trainer is changed to."""
-    changes = dict(WITHOUT_TRAINING)
-    if device is not None:
-        kind, _, number = device.partition(":")
-        changes |= {"accelerator": kind} | ({"devices": f"[{number}]"} if number else {})
-    return [f"--trainer.{name}={value}" for name, value in changes.items()]
 
 
 def _plan(cli: RecipeCLI, record: Record, given: MergeHistory | None, budget: Budget | None) -> offline.Plan:

@@ -22,7 +22,8 @@ def chat_recipe(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_data_shows_answers_in_brackets_and_counts(chat_recipe: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["data", "--config", str(chat_recipe), "--show", "2"]) == 0
+    there = ["--trainer.accelerator", "cuda", "--trainer.devices", "8", "--trainer.strategy", "ddp"]  # but not here
+    assert main(["data", "--config", str(chat_recipe), "--show", "2", *there]) == 0
     shown = capsys.readouterr().out
     assert "user: How many is 0?<eos>assistant: [[0 it is<eos>]]" in shown
     assert shown.count("[[") == 2

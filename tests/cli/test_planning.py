@@ -82,3 +82,12 @@ def test_command_that_does_not_train_takes_one_device_of_many(config: str):
     more = ["--trainer.devices", "8", "--trainer.num_nodes", "2", "--trainer.strategy", "ddp"]
     trainer = OneDevice(["--config", config, *more]).trainer
     assert (trainer.world_size, type(trainer.strategy).__name__) == (1, "SingleDeviceStrategy")
+
+
+@pytest.mark.parametrize(("accelerator", "device"), [("cuda", None), ("cuda", "cpu"), ("gpu", None), ("cpu", None)])
+def test_command_that_does_not_train_takes_a_device_that_is_here(
+    accelerator: str, device: str | None, config: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    trainer = OneDevice(["--config", config, "--trainer.accelerator", accelerator], device).trainer
+    assert trainer.strategy.root_device.type == "cpu"
