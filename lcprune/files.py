@@ -44,10 +44,12 @@ def check_file(named: str, path: Path) -> None:
         path: It need not exist, nor its folder.
 
     Raises:
-        InputError: It is a folder, or lies where nothing can be written.
+        InputError: It is a folder or a device, or lies where nothing can be written.
     """
     if path.is_dir():
         raise InputError(f"{named} {path} is a folder: name a file in it.")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{named} {path} is no plain file, which would be replaced: name another one.")
     check_place(f"{named} {path}", path)
 
 

@@ -93,8 +93,8 @@ def _check(own: argparse.Namespace) -> None:
         raise InputError("--text and --config both name the text to measure on: give one of them.")
     if own.out is not None and len(own.models) > 1:
         raise InputError(f"--out names one file for {len(own.models)} models: leave it out, each has its own.")
-    if own.out is not None and own.out.is_dir():
-        raise InputError(f"--out {own.out} is a folder: name a file, such as {own.out / FILE}.")
+    if own.out is not None:
+        check_file("--out", own.out)
     if own.task_folder is not None and not own.task_folder.is_dir():
         raise InputError(
             f"--task-folder {own.task_folder} is not a folder: name one that holds NAME.jsonl or YAML files."

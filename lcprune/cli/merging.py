@@ -36,7 +36,7 @@ def _collapse(arguments: list[str]) -> None:
         ("--out", Path, "Folder for the shortened model."),
         *budgets.OPTIONS,
         ("--plan", Path, "Execute this plan (JSON, as written before) instead of making one."),
-        ("--plan-only", bool, "Print the plan as a table, write it as JSON (--out FILE, default plan.json), stop."),
+        ("--plan-only", bool, f"Print the plan as a table, write it as JSON (--out FILE, default {PLAN}), stop."),
         streaming.FLAG,
         *options.LOADING,
         examples=budgets.EXAMPLES,
@@ -49,7 +49,8 @@ def _collapse(arguments: list[str]) -> None:
     if own.out is None and not own.plan_only:
         raise InputError("--out is missing: name the folder for the shortened model, or ask for --plan-only.")
     if own.plan_only:
-        check_file("--out", own.out or PLAN)
+        own.out = own.out or PLAN
+        check_file("--out", own.out)
     else:
         check_target(own.out)
     cli = OneDevice(recipe_arguments, own.device)
@@ -68,10 +69,9 @@ def _collapse(arguments: list[str]) -> None:
     history = replace(given, teacher=name)
     tables.plan(history)
     if own.plan_only:
-        path = own.out or PLAN
-        write_text(path, history.to_json())
+        write_text(own.out, history.to_json())
         print(budgets.outcome(history, cli, budget))
-        print(f"{path}: edit it and run `lcprune collapse ... --plan {path} --out FOLDER`")
+        print(f"{own.out}: edit it and run `lcprune collapse ... --plan {own.out} --out FOLDER`")
         return
     _deliver(model, history, cli, own.out, known)
     print(budgets.outcome(history, cli, budget, own.out))

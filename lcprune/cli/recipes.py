@@ -67,6 +67,7 @@ def copy(name: str, target: Path | None = None) -> Path:
     path = place if place.suffix in (".yaml", ".yml") else place / source.name
     if path.exists():
         raise InputError(f"{path} exists already and is left as it is: remove it, or name another file.")
+    files.check_file("TARGET", path)
     files.write_text(path, source.read_text(encoding="utf-8"))
     return path
 

@@ -60,10 +60,9 @@ def collapse(own: argparse.Namespace, cli: RecipeCLI, given: MergeHistory | None
     history = replace(given, teacher=demo.public_name(name))
     tables.plan(history)
     if own.plan_only:
-        path = own.out or Path("plan.json")
-        write_text(path, history.to_json())
+        write_text(own.out, history.to_json())
         print(budgets.outcome(history, cli))
-        print(f"{path}: edit it and run `lcprune collapse ... --stream --plan {path} --out FOLDER`")
+        print(f"{own.out}: edit it and run `lcprune collapse ... --stream --plan {own.out} --out FOLDER`")
         return
     with bars.shown():
         _export(stored, history, own.out, cli)

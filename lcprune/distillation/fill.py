@@ -23,7 +23,7 @@ from lcprune.distillation.losses import CHUNK
 from lcprune.distillation.passes import Wanted
 from lcprune.distillation.teacher import Teacher
 from lcprune.errors import InputError
-from lcprune.files import write_bytes
+from lcprune.files import check_file, write_bytes
 from lcprune.merging.progress import track
 
 SHARD_BYTES = 64 * 10**6
@@ -81,6 +81,7 @@ class Filling:
             InputError: The folder holds something else.
             OSError: The disk has no room for what is missing.
         """
+        check_file("--out", folder / MANIFEST)
         self.folder = folder
         self.origin = origin
         per_block = block_bytes(origin, hidden)
@@ -104,8 +105,6 @@ class Filling:
         return Manifest(self.origin, tuple(self._shards[file] for file in sorted(self._shards)))
 
     def _there(self) -> tuple[Shard, ...]:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"--out {self.folder} is a file: name a folder.")
         if (self.folder / MANIFEST).is_file():
             manifest = Manifest.read(self.folder)
             differing = manifest.origin.differences(self.origin)
