@@ -1,6 +1,6 @@
 """`fit`, `validate`, `test`, `predict`: LightningCLI around our module, data and callback.
 
-After `fit` the student is exported and a table says what became of it. The recipe is saved beside the metrics as
+After `fit` the student is exported and a table says what became of it. Its recipe is saved beside its metrics as
 recipe.yaml. What can be known to fail is refused before weights are loaded.
 """
 
@@ -17,7 +17,7 @@ import lightning
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -28,9 +28,10 @@ from lcprune.cli.bars import TrainingBar
 from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence, unmade
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
+from lcprune.cli.records import keep_metrics, log_apart
 from lcprune.cli.resuming import last_checkpoint
 from lcprune.data.module import TextDataModule
-from lcprune.delivery.export import check_target, export
+from lcprune.delivery.export import RECIPE, check_target, export
 from lcprune.delivery.figures import Figures, model_figures, throughput
 from lcprune.distillation import adapters, checkpoint, sharded
 from lcprune.distillation.callbacks import ProgressiveCollapse, measure
@@ -108,7 +109,8 @@ class RecipeCLI(LightningCLI):
             super().__init__(
                 DistillationModule,
                 TextDataModule,
-                save_config_kwargs={"config_filename": "recipe.yaml", "overwrite": True},
+                save_config_callback=SaveConfigCallback if arguments[:1] == ["fit"] else None,
+                save_config_kwargs={"config_filename": RECIPE, "overwrite": True},
                 trainer_defaults={"enable_model_summary": False},
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
@@ -169,7 +171,7 @@ class RecipeCLI(LightningCLI):
         check_target(self.export_to)
         self.trainer.callbacks.append(SaveOnSignal())  # type: ignore[attr-defined]  # behind Lightning's own
         if self._get(self.config_init, "ckpt_path") is not None:
-            self._keep_metrics()
+            keep_metrics(self.run_folder)
 
     def _find_last(self) -> None:
         """`--ckpt_path last` becomes a path, and the checkpoint is looked over as any other."""
@@ -178,20 +180,13 @@ class RecipeCLI(LightningCLI):
             self.record = None if path is None else checkpoint.read(path)
             self.config_init[str(self.subcommand)]["ckpt_path"] = None if path is None else str(path)
 
-    @rank_zero_only
-    def _keep_metrics(self) -> None:
-        """CSVLogger deletes the metrics it finds; those from before a resume are moved to metrics.1.csv and so on."""
-        metrics = self.run_folder / "metrics.csv"
-        if metrics.is_file():
-            number = 1 + len(list(self.run_folder.glob("metrics.*.csv")))
-            metrics.rename(metrics.with_name(f"metrics.{number}.csv"))
-
     def before_validate(self) -> None:
         """Looks at the checkpoint before weights are loaded."""
         if self._get(self.config, "out") is not None:
             raise InputError(f"--out is where fit exports the student, {self.subcommand} exports none: drop it.")
         self._find_last()
         self._check_model()
+        log_apart(self.trainer.loggers, str(self.subcommand))
 
     before_test = before_predict = before_validate
 

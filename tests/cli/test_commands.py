@@ -108,7 +108,7 @@ def test_validate_of_a_checkpoint_gives_the_final_perplexity(
         Path(yaml.safe_load((finished / "recipe.yaml").read_text())["model"]["teacher"]), finished / "text.txt", run
     )
     assert main(["validate", "--config", str(write(tmp_path, content)), "--ckpt_path", str(checkpoint)]) == 0
-    with (run / "metrics.csv").open() as file:
+    with (run / "validate.csv").open() as file:
         row = list(csv.DictReader(file))[-1]
     final = json.loads((finished / "run" / "figures.json").read_text())["final"]
     assert float(row["val/perplexity"]) == pytest.approx(final["val/perplexity"], rel=1e-5)
@@ -220,6 +220,17 @@ def test_metrics_from_before_a_resume_are_kept(finished: Path, tiny_folder: Path
     assert main(["fit", "--config", str(write(tmp_path, content)), "--ckpt_path", checkpoint]) == 0
     assert (run / "metrics.1.csv").read_text() == before
     assert MergeHistory.load(run / "student" / "history.json").depth == 4
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_what_a_run_has_left_is_not_overwritten_by_other_commands(
+    command: str, finished: Path, tiny_folder: Path, tmp_path: Path
+):
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    config = str(write(tmp_path, recipe(tiny_folder, finished / "text.txt", run)))
+    assert main([command, "--config", config, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
+    assert {name: (run / name).read_bytes() for name in before} == before
 
 
 def test_fit_without_schedule_trains_an_unmerged_student(tiny_folder: Path, tmp_path: Path):

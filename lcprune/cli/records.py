@@ -1,0 +1,35 @@
+"""What a run has logged stays: CSVLogger deletes the metrics.csv that it finds, whatever command it logs for.
+
+fit --ckpt_path      the metrics so far become metrics.1.csv and so on
+validate, test       log into validate.csv, test.csv
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lcprune.delivery.training_log import METRICS
+
+
+@rank_zero_only
+def keep_metrics(folder: Path) -> None:
+    """Moves the metrics of a run that is resumed out of the way of those to come."""
+    metrics = folder / METRICS
+    if metrics.is_file():
+        number = 1 + len(list(folder.glob("metrics.*.csv")))
+        metrics.rename(metrics.with_name(f"metrics.{number}.csv"))
+
+
+@rank_zero_only
+def log_apart(loggers: Iterable[Logger], command: str) -> None:
+    """Lets every CSVLogger write a file that is named after the command, beside the metrics of training."""
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            logger._experiment = _writer(command)(logger.log_dir)  # the logger itself knows one name alone
+
+
+def _writer(command: str) -> type[ExperimentWriter]:
+    return type("Writer", (ExperimentWriter,), {"NAME_METRICS_FILE": f"{command}.csv"})
