@@ -8,6 +8,7 @@ With several runs the files of the first are report-1-loss.png and so on. What i
 computed, is a sentence in the report, never a failure.
 """
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,15 @@ from lcprune.delivery import page, pictures, sections
 from lcprune.delivery.export import RECIPE
 from lcprune.delivery.page import Picture, RunPage
 from lcprune.delivery.provenance import here_and_now
-from lcprune.delivery.runs import Run
+from lcprune.delivery.runs import STUDENT, Run
 from lcprune.delivery.sections import Look
 from lcprune.delivery.tree import family_tree
 from lcprune.delivery.wording import headlines, short_name, title
 from lcprune.files import write_bytes, write_text
 from lcprune.merging.lineage import HISTORY
+
+AGAIN = "again"
+"""The folder for a run that is made once more."""
 
 
 def write(runs: Sequence[tuple[Run, Look]], out: Path) -> list[Path]:
@@ -105,20 +109,34 @@ def _public(teacher: str) -> str:
 
 
 def _command(run: Run) -> str:
-    """What makes the run again, into another folder; empty without a recipe."""
+    """What makes the run again from its beginning, into another folder; empty without a recipe."""
     recipe = run.folder / RECIPE
     if not recipe.is_file():
         return ""
-    fitted = run.recipe is not None and "ckpt_path" in run.recipe  # a key of fit's; its export has the recipe, too
-    if (run.folder / HISTORY).is_file() and not fitted:
-        words = ["lcprune", "collapse", "--config", str(recipe), "--plan", str(run.folder / HISTORY), "--out", "again"]
+    if not run.trained:
+        words = ["lcprune", "collapse", "--config", str(recipe), "--plan", str(run.folder / HISTORY), "--out", AGAIN]
         return shlex.join(words)
-    words = ["lcprune", "fit", "--config", str(recipe), "--trainer.default_root_dir", "again"]
-    logger = run.setting("trainer", "logger", "init_args")
-    if isinstance(logger, Mapping) and "save_dir" in logger:
-        words += ["--trainer.logger.init_args.save_dir", "again"]
+    words = ["lcprune", "fit", "--config", str(recipe), "--trainer.default_root_dir", AGAIN, *_logging(run)]
+    # Else the new student would replace the one that is there, and a run that was resumed go on behind its end.
     if run.setting("out") is not None:
-        words += ["--out", "again/student"]
-    if run.setting("ckpt_path") is not None:
+        words += ["--out", f"{AGAIN}/{STUDENT}"]
+    if run.resumed:
         words += ["--ckpt_path", "null"]
     return shlex.join(words)
+
+
+def _logging(run: Run) -> list[str]:
+    """The recipe's loggers with another folder."""
+    loggers = run.setting("trainer", "logger")
+    if isinstance(loggers, list):
+        moved = [
+            {**each, "init_args": {**each["init_args"], "save_dir": AGAIN}} if _saves(each) else each
+            for each in loggers
+        ]
+        return ["--trainer.logger", json.dumps(moved)] if moved != loggers else []
+    return ["--trainer.logger.init_args.save_dir", AGAIN] if _saves(loggers) else []
+
+
+def _saves(logger: object) -> bool:
+    settings = logger.get("init_args") if isinstance(logger, Mapping) else None
+    return isinstance(settings, Mapping) and "save_dir" in settings

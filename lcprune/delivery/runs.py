@@ -62,6 +62,23 @@ class Run:
         return named if isinstance(named, str) else self.history.teacher if self.history else ""
 
     @property
+    def trained(self) -> bool:
+        """Whether `lcprune fit` made it, whose recipes name a checkpoint or none, also in an exported student."""
+        exported = (self.folder / HISTORY).is_file()
+        return not exported or (self.recipe is not None and "ckpt_path" in self.recipe)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the run went on from a checkpoint of its own, and not from one that another command wrote."""
+        path = self.setting("ckpt_path")
+        if not isinstance(path, str) or path in ("last", "best", "hpc"):
+            return path is not None
+        saved = self.setting("trainer", "logger", "init_args", "save_dir")
+        folders = [self.folder, self.setting("trainer", "default_root_dir"), saved]
+        own = [Path(folder).resolve() / CHECKPOINTS for folder in folders if isinstance(folder, str | Path)]
+        return Path(path).resolve().parent in own
+
+    @property
     def tokens_per_step(self) -> int | None:
         """Tokens that an optimizer step reads; None if the recipe leaves that to the machine."""
         counts = [self.setting("data", "block_size"), self.setting("data", "batch_size")]

@@ -1,11 +1,14 @@
 """`lcprune report` on runs of a tiny model: whole, unfinished, begun from a student, never trained; and mistakes."""
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
 from lcprune.cli import main
+from lcprune.delivery import training_log
 from tests.cli.recipe import recipe, text_file, write
 from tests.delivery import run_folders
 from tests.delivery.test_report import Elements
@@ -80,7 +83,7 @@ def test_report_of_a_run_whose_text_is_gone_says_so(run: Path):
 
 def test_report_says_how_to_run_again_from_the_start_and_into_another_folder(run: Path):
     saved = (run / "recipe.yaml").read_text()
-    changed = saved.replace("\nckpt_path: null", "\nckpt_path: x.ckpt").replace(
+    changed = saved.replace("\nckpt_path: null", "\nckpt_path: last").replace(
         "\nout: null", f"\nout: {run / 'student'}"
     )
     assert changed.count("\n") == saved.count("\n")
@@ -104,6 +107,53 @@ def test_report_of_a_run_that_began_with_a_student_compares_with_it(finished: Pa
     assert "Not in this report" not in text
     assert "merged: no training, 4 layers left" in text
     assert "merged, not trained" in text
+
+
+def _again(page: Path) -> list[str]:
+    """The command that a report names, without `lcprune`."""
+    lines = Elements(page.read_text(encoding="utf-8")).text.splitlines()
+    return shlex.split(next(line for line in lines if line.startswith(("lcprune fit", "lcprune collapse"))))[1:]
+
+
+@pytest.mark.parametrize("reported", ["run", "elsewhere"])
+def test_resumed_run_with_its_export_elsewhere_is_made_again_from_its_beginning(
+    reported: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = write(tmp_path, recipe(tiny_folder, text_file(tmp_path), Path("run")))
+    fit = ["fit", "--config", str(config), "--out", "elsewhere"]
+    assert main(fit) == 0
+    assert main([*fit, "--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.max_steps", "8"]) == 0
+    assert main(["report", reported, *THIN]) == 0
+    before = {path: path.stat().st_mtime_ns for name in ("run", "elsewhere") for path in Path(name).rglob("*")}
+    assert main(_again(tmp_path / reported / "report.html")) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    log = training_log.read(Path("again"))
+    assert [step for step, _ in log.points("train/loss")] == list(range(1, 9))
+    assert Path("again/student/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("path", "added"),
+    [
+        ("null", []),
+        ("last", ["--ckpt_path", "null"]),
+        ("{run}/checkpoints/step=3.ckpt", ["--ckpt_path", "null"]),
+        ("short.ckpt", []),
+    ],
+)
+def test_run_that_began_with_another_commands_checkpoint_begins_with_it_again(
+    path: str, added: list[str], tmp_path: Path
+):
+    run = tmp_path / "run"
+    loggers = "[{class_path: CSVLogger, init_args: {save_dir: x, name: a}}, {class_path: Mine}]"
+    text = f"ckpt_path: {path.format(run=run)}\ntrainer: {{logger: {loggers}}}\n"
+    run_folders.write(run, recipe__yaml=text)
+    assert main(["report", str(run), *THIN]) == 0
+    command = _again(run / "report.html")
+    assert command[: len(command) - len(added)][-2] == "--trainer.logger"
+    assert json.loads(command[6])[0]["init_args"] == {"save_dir": "again", "name": "a"}
+    assert command[7:] == added
 
 
 def test_report_of_a_collapsed_model_needs_no_training(tiny_folder: Path, tmp_path: Path):
