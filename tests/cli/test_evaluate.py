@@ -174,7 +174,7 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "missing text": (["--text", "nowhere.txt"], ("--text nowhere.txt", "does not exist")),
     "missing config": (["--config", "nowhere.yaml"], ("nowhere.yaml", "does not exist")),
     "missing task folder": (["--task-folder", "nowhere"], ("nowhere", "is not a folder")),
-    "folder as out": (["--out", "."], ("is a folder", "evaluation.json")),
+    "folder as out": (["--out", "."], ("is a folder", "name a file")),
     "one out for two models": (["{other}", "--out", "e.json"], ("--out", "2 models")),
     "model that is not there": (["./nowhere"], ("./nowhere", "does not exist")),
     "folder without a model": (["{empty}"], ("holds neither a model", "config.json")),
