@@ -39,8 +39,8 @@ def write_checksums(folder: Path) -> None:
 def check_exported(folder: Path) -> None:
     """Refuses weights that are not those that were exported; without SHA256SUMS there is nothing to check.
 
-    Beside a history the list is ours and names every file of weights; in a list of others, lines that name none say
-    nothing here. Hashes of large files are remembered while their size and time stay, so that only the first look
+    Beside a history the list is ours and names every file of weights; in a list of others, lines that name none that is
+    here say nothing. Hashes of large files are remembered while their size and time stay, so that only the first look
     takes long.
 
     Raises:
@@ -51,8 +51,9 @@ def check_exported(folder: Path) -> None:
         return
     lines = listed.read_text(encoding="utf-8", errors="replace").split("\n")
     sums = {known[2]: known[1] for line in lines if (known := _LINE.fullmatch(line))}
-    ours = [file.name for file in folder.glob("*.safetensors")] if (folder / _HISTORY).is_file() else []
-    for file in (folder / name for name in sorted({*sums, *ours})):
+    here = {file.name for file in folder.glob("*.safetensors")}
+    names = here | sums.keys() if (folder / _HISTORY).is_file() else here & sums.keys()
+    for file in (folder / name for name in sorted(names)):
         if not file.is_file():
             found = "is missing"
         elif hash_of(file) != sums.get(file.name):

@@ -83,7 +83,8 @@ def check_loaded(model: "PreTrainedModel", found: Mapping[str, Iterable[object]]
 def _is_finite(tensor: "Tensor") -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # of eight bits torch finds no extremes
+    return all(bool(extreme.isfinite()) for extreme in wide.aminmax())
 
 
 def _check_whole(file: Path) -> None:

@@ -106,7 +106,8 @@ def test_damaged_weights_are_refused_in_one_sentence(damage: Callable[[Path], No
 def test_list_of_others_is_read_as_far_as_it_is_about_weights(tmp_path: Path):
     folder = save_tiny(tmp_path / "model")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    others = "# made elsewhere\nSHA256 (config.json) = 00\n{}  README.md\n".format("0" * 64)
+    others = "# made elsewhere\nSHA256 (config.json) = 00\n{0}  README.md\n{0}  consolidated.safetensors\n"
+    others = others.format("0" * 64)
     (folder / "SHA256SUMS").write_text(f"{others}{digest} *model.safetensors\n")
     identity.check_exported(folder)
     (folder / "SHA256SUMS").write_text(f"{others}{'0' * 64} *model.safetensors\n")

@@ -160,6 +160,18 @@ def test_weights_that_transformers_would_make_up_are_refused(
         load(str(copied), "float32")
 
 
+def test_numbers_of_eight_bits_are_looked_at_too():
+    model = tiny_llama()
+    found: dict[str, list[object]] = {"missing_keys": [], "mismatched_keys": []}
+    weight = model.model.layers[3].mlp.up_proj.weight
+    weight.requires_grad_(False)
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    weights.check_loaded(model, found, "data.generate.model='x'")
+    weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"data.generate.model='x' hold .* not finite, first in model.layers.3.mlp"):
+        weights.check_loaded(model, found, "data.generate.model='x'")
+
+
 def test_whole_way_touches_no_network_where_the_hub_is_offline(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
