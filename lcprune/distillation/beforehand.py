@@ -180,14 +180,14 @@ def warn_of_phases(phases: Sequence[Phase], begun: int, end: float) -> None:
 
 
 def warn_of_tokens(last: int, read: int, steps: float) -> None:
-    """Says, after the first optimizer step, where a merge by tokens is never reached.
+    """Says, after the first optimizer step, where a merge by tokens is not reached before the last step.
 
     Args:
         last: Tokens at the last merge.
         read: Tokens of the first step.
         steps: Optimizer steps of the run.
     """
-    if read * steps < last:
+    if read * steps <= last:
         rank_zero_warn(
             f"collapse.schedule: this run reads about {read * steps:.0f} tokens ({read} a step), and the last merge is "
             f"due at token {last}: merge earlier, or train longer"

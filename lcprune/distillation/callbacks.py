@@ -28,7 +28,7 @@ from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.schedules import Deadline, Schedule, last_known
 from lcprune.distillation.stages import Method, Stage, check_order
 from lcprune.distillation.standing import JUDGE, Standing
-from lcprune.distillation.strategies import check_merges, is_sharding, optimizer_steps, validation_follows
+from lcprune.distillation.strategies import check_merges, is_over, is_sharding, optimizer_steps, validation_follows
 from lcprune.distillation.triggers import ByTokens, WhenRecovered  # noqa: F401 - short names in recipes
 from lcprune.errors import InputError, RunError
 from lcprune.merging.architectures import layout_of
@@ -300,6 +300,8 @@ class ProgressiveCollapse(Callback):
             return
         facts = standing.facts(step, module.history, module.begun.depth)
         target = self.schedule.due(facts)
+        if target is not None and is_over(trainer):
+            return  # nothing would be trained after it; a run that goes on from here begins with it
         if target is not None and not any(done.global_step == step for done in module.history.steps):
             steps = self.agreed_plan(trainer, module, target)
             if steps:

@@ -78,6 +78,11 @@ def optimizer_steps(trainer: Trainer) -> float:
     return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
+def is_over(trainer: Trainer) -> bool:
+    """Whether the run has no optimizer step ahead; a trial of the code (fast_dev_run) goes through everything."""
+    return not trainer.fast_dev_run and trainer.global_step >= optimizer_steps(trainer)  # type: ignore[attr-defined]
+
+
 def validation_follows(trainer: Trainer) -> bool:
     """Whether the trainer validates after the batch that has just been trained on.
 

@@ -179,8 +179,22 @@ def test_tokens_are_counted_on_by_a_run_that_resumes(fit: Fit, tmp_path: Path):
 
 @pytest.mark.filterwarnings("ignore:collapse. the run ends with 6 layers")
 def test_tokens_that_the_run_will_not_read_are_told_at_its_first_step(fit: Fit):
-    with pytest.warns(UserWarning, match=r"about 384 tokens.*token 385"):
-        fit(ByTokens(AtSteps({385: 5})), max_steps=12)
+    with pytest.warns(UserWarning, match=r"about 384 tokens.*token 384"):
+        fit(ByTokens(AtSteps({384: 5})), max_steps=12)
+
+
+@pytest.mark.filterwarnings("ignore:collapse")
+def test_merge_behind_the_last_step_is_left_to_the_run_that_goes_on(fit: Fit, tiny_folder: Path):
+    def steady() -> DistillationModule:
+        return runs.student_of(tiny_folder, lr_scheduler=None)  # a cosine would end with the shorter run
+
+    schedule = ByTokens(AtSteps({96: 5, 224: 4}))
+    module, _ = fit(schedule, module=steady(), max_steps=7)
+    assert merged_at(module) == [3]
+    module, _ = fit(schedule, module=steady(), resume=True)
+    assert merged_at(module) == [3, 7]
+    whole, _ = fit(schedule, module=steady())
+    assert runs.equal(runs.weights_of(module), runs.weights_of(whole))
 
 
 @pytest.mark.parametrize(
