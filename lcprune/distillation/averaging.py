@@ -140,8 +140,8 @@ def shown(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 
 def count(trainer: Trainer) -> int:
-    """How many callbacks average the weights."""
-    return len(_callbacks(trainer))
+    """How many callbacks hold averages beside the weights, on the device that trains."""
+    return sum(str(callback._device) != "cpu" for callback in _callbacks(trainer))
 
 
 def _callbacks(trainer: Trainer) -> list["WeightAveraging"]:

@@ -15,7 +15,7 @@ Not in it: libraries, the allocator's holes, planning, refits and validation, an
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -28,6 +28,7 @@ from lcprune.distillation.levels import Boundary, Labels, Level, Local, Logits, 
 from lcprune.distillation.losses import CHUNK
 from lcprune.distillation.pair import Storage
 from lcprune.distillation.quantized import BLOCK
+from lcprune.distillation.teacher import DtypeName
 from lcprune.distillation.tracing import LayerCost, Shape
 from lcprune.distillation.trained import BESIDE_PREFIX, Trained, trained_layers, trained_parameters, trains_adapters
 from lcprune.merging.architectures import layout_of
@@ -82,7 +83,7 @@ class Step:
     teacher: Storage
     """How the teacher's are."""
     trained_dtype: torch.dtype
-    """What is trained is held in this."""
+    """Weights that are trained are held in this."""
     optimizer: float
     """Bytes of state per trained Parameter's element."""
     lora: Lora | None
@@ -99,6 +100,13 @@ class Step:
     """Into how many weights, gradients and the optimizer's state are cut, a device has one each (FSDP2)."""
     averages: int = 0
     """Callbacks that average the student's weights."""
+    cast: DtypeName | None = None
+    """What Lightning casts the loaded student to; None = it does not."""
+
+    def itemsize(self, what: Trained) -> int:
+        """Bytes of one number that is trained."""
+        adapters = trains_adapters(what) and self.cast is None
+        return FLOAT if adapters else self.trained_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -172,13 +180,13 @@ def memory(step: Step, at: At) -> Memory:
     depth = len(layout_of(step.config).layers_of(teacher))
     student = model_of_depth(step.config, at.depth)
     trained = trained_elements(student, at, step.lora)
-    bytes_trained = trained * (FLOAT if trains_adapters(at.train) else step.trained_dtype.itemsize) // step.parts
+    bytes_trained = trained * step.itemsize(at.train) // step.parts
     activations, states, loss = _activations(step, at, depth), _states(step, at, depth), _loss(step, at)
     made, kept = bytes_trained * step.gradients_made, bytes_trained * step.gradients_kept
     return Memory(
         teacher=_weights(teacher, step.teacher) // step.parts,
         student=_own(student, step, at, trained) // step.parts,
-        averages=step.averages * _weights(student, step.student),
+        averages=step.averages * student.num_parameters() * step.trained_dtype.itemsize,
         gathered=_gathered(student, step) if step.parts > 1 else 0,
         optimizer=int(trained * step.optimizer) // step.parts,
         activations=activations,
@@ -252,22 +260,23 @@ def _gathered(student: PreTrainedModel, step: Step) -> int:
 def _own(student: PreTrainedModel, step: Step, at: At, trained: int) -> int:
     """Weights of the student that are no memory of the teacher's, and adapters."""
     packed = _projections(student)
+    held = step.student if step.cast is None else replace(step.student, dtype=step.cast)
     if trains_adapters(at.train):
         chosen: set[int] = set()
-        own = _adapters(student, at.depth, step.lora or Lora()) * FLOAT
+        own = _adapters(student, at.depth, step.lora or Lora()) * step.itemsize(at.train)
         # A layer that has merged is frozen, but no longer the teacher's.
         one = layout_of(student.config).layers_of(student)[0]
         shared = [parameter for parameter in one.parameters() if _alike(parameter, step, packed)]
         merged = at.merged(layout_of(step.config).depth_of(step.config))
-        own += merged * sum(_bytes(parameter, step.student, id(parameter) in packed) for parameter in shared)
+        own += merged * sum(_bytes(parameter, held, id(parameter) in packed) for parameter in shared)
     else:
         lineage = at.lineage if at.lineage is not None else tuple((index,) for index in range(at.depth))
         what: Trained = "layers" if at.at_most else at.train
         chosen = {id(parameter) for parameter in trained_parameters(student, what, lineage)}
-        own = trained * step.trained_dtype.itemsize
+        own = trained * step.itemsize(at.train)
     for parameter in student.parameters():
         if id(parameter) not in chosen and not _alike(parameter, step, packed):
-            own += _bytes(parameter, step.student, id(parameter) in packed)
+            own += _bytes(parameter, held, id(parameter) in packed)
     return own
 
 
@@ -280,7 +289,8 @@ def _adapters(student: PreTrainedModel, layers: int, lora: Lora) -> int:
     layout = layout_of(student.config)
     layer = layout.layers_of(student)[0]
     shapes = [layer.get_parameter(f"{name}.weight").shape for name in lora.projections(layout)]
-    return layers * sum(lora.rank * (shape[0] + shape[1]) for shape in shapes)
+    head = sum(student.get_output_embeddings().weight.shape) if lora.adapts_head else 0
+    return lora.rank * (layers * sum(map(sum, shapes)) + head)
 
 
 def _activations(step: Step, at: At, teacher_depth: int) -> int:

@@ -29,7 +29,7 @@ from lcprune.distillation.footprint import (
     whole,
 )
 from lcprune.distillation.module import DistillationModule
-from lcprune.distillation.pair import storages
+from lcprune.distillation.pair import TRUE, storages
 from lcprune.distillation.phases import Phase
 from lcprune.distillation.strategies import is_sharding
 from lcprune.distillation.tracing import Shape, cost_of_layer
@@ -39,8 +39,6 @@ from lcprune.merging.lineage import Lineage
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What products are computed in under the trainer's precision."""
-TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-"""What Lightning casts the student to."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +147,9 @@ def forecast(module: DistillationModule, callback: ProgressiveCollapse, trainer:
         InputError: As `fit` would, where the settings do not go together.
     """
     callback.check(trainer, module)
+    module.check_sharding(trainer)
+    if module.lora is not None:
+        module.lora.check(module.teacher_config)
     step = _step(module, trainer, batches)
     per_step = trainer.accumulate_grad_batches * trainer.world_size
     steps = trainer.max_steps if trainer.max_steps >= 0 else None
@@ -172,6 +173,7 @@ def forecast(module: DistillationModule, callback: ProgressiveCollapse, trainer:
         for phase in module.phases
     ]
     teacher = model_of_depth(module.teacher_config, module.history.teacher_depth)
+    merges = depths[-1][1] < module.begun.depth
     return Forecast(
         teacher=module.teacher_name,
         layers=module.history.teacher_depth,
@@ -180,7 +182,7 @@ def forecast(module: DistillationModule, callback: ProgressiveCollapse, trainer:
         tokens_per_step=tokens,
         stages=stages,
         phases=tuple(_stretches(module, [first for first, _ in depths[1:]], steps)),
-        whole=0 if callback.schedule is None else whole(step, module.begun.depth),
+        whole=whole(step, module.begun.depth) if merges else 0,
         too_late=tuple(depth for _, depth in planned[len(depths) :]),
         otherwise={name: max(memory(other, at).total for at in points) for name, other in others.items()},
     )
@@ -189,10 +191,10 @@ def forecast(module: DistillationModule, callback: ProgressiveCollapse, trainer:
 def _step(module: DistillationModule, trainer: Trainer, batches: Batches) -> Step:
     precision = str(trainer.precision)
     student, teacher = storages(module.weights_dtype, module.teacher_dtype, module.lora, precision)
-    weights = TRUE.get(precision, getattr(torch, module.weights_dtype))
+    weights = getattr(torch, TRUE.get(precision, module.weights_dtype))
     shape = Shape(batches.rows, batches.length, weights, AUTOCAST.get(precision))
     adapters = any(trains_adapters(phase.trained(module.train_usually)) for phase in module.phases)
-    trained = torch.float32 if adapters else weights
+    trained = torch.float32 if adapters and precision not in TRUE else weights
     buckets, accumulates = isinstance(trainer.strategy, DDPStrategy), trainer.accumulate_grad_batches > 1
     return Step(
         config=module.teacher_config,
@@ -200,7 +202,7 @@ def _step(module: DistillationModule, trainer: Trainer, batches: Batches) -> Ste
         layer=cost_of_layer(module.teacher_config, shape, module.lora),
         student=student,
         teacher=teacher,
-        trained_dtype=trained,
+        trained_dtype=weights,
         optimizer=state_bytes(module.make_optimizer, trained),
         lora=module.lora,
         recompute=module.activations == "recompute",
@@ -209,6 +211,7 @@ def _step(module: DistillationModule, trainer: Trainer, batches: Batches) -> Ste
         gradients_kept=buckets + accumulates,
         parts=trainer.world_size if is_sharding(trainer.strategy) else 1,
         averages=averaging.count(trainer),
+        cast=TRUE.get(precision),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -71,9 +72,9 @@ class GivenModels(DistillationModule):
         if not self.given_teacher:
             super().check_source()
 
-    def check_sharding(self) -> None:
+    def check_sharding(self, trainer: Trainer) -> None:
         """Raises InputError for a strategy that shards the models, which would be loaded by name again in the end."""
-        if is_sharding(self.trainer.strategy):
+        if is_sharding(trainer.strategy):
             raise InputError(
                 "trainer.strategy=ModelParallelStrategy does not work with models that are in memory: name both in a "
                 "DistillationModule, or use one device or ddp."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -39,6 +40,7 @@ from lcprune.distillation.checkpoint import Fingerprint, fingerprint_of
 from lcprune.distillation.faults import LossWatch
 from lcprune.distillation.levels import Level, Logits
 from lcprune.distillation.optim import Rewarming
+from lcprune.distillation.pair import TRUE
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
 from lcprune.distillation.randomness import restore_rng_state
@@ -188,7 +190,7 @@ class DistillationModule(Resumable, Stepping):
         """Before weights are loaded, refuses what training could not begin or go on with."""
         self.check_source()
         beforehand.check_documents(self.teacher_config, self.trainer.datamodule)  # type: ignore[attr-defined]
-        self.check_sharding()
+        self.check_sharding(self.trainer)
         if stage == "fit":
             beforehand.try_out(self.make_optimizer, self.make_scheduler)
             beforehand.check_strategy(self.trainer.strategy, self.phases, self.train_usually)
@@ -202,7 +204,7 @@ class DistillationModule(Resumable, Stepping):
         """Raises InputError if the teacher's weights cannot be read from where its name says."""
         weights.check(self.teacher_name)
 
-    def check_sharding(self) -> None:
+    def check_sharding(self, trainer: Trainer) -> None:
         """Raises InputError if the trainer's strategy shards the models and that does not go with other settings."""
         others = {
             "model.lora": self.lora is not None,
@@ -210,7 +212,7 @@ class DistillationModule(Resumable, Stepping):
             "model.teacher_cache": self.teacher_cache is not None,
             "model.compile_layers": self.compile_layers,
         }
-        beforehand.check_sharding(self.trainer.strategy, self._precision, self.phases, others)
+        beforehand.check_sharding(trainer.strategy, str(trainer.precision), self.phases, others)
 
     def check_cache(self, lineages: Sequence[Lineage] | None) -> None:
         """Raises InputError if a teacher cache lacks states that training these lineages needs; None = not known."""
@@ -302,9 +304,8 @@ class DistillationModule(Resumable, Stepping):
 
     def _trained_dtype(self, what: Trained) -> torch.dtype:
         """What is trained is held in this; Lightning casts the module itself where precision says `bf16-true`."""
-        names: dict[str, DtypeName] = {"bf16-true": "bfloat16", "16-true": "float16"}
         usual = "float32" if trained_room.trains_adapters(what) else self.weights_dtype
-        return getattr(torch, names.get(self._precision, usual))
+        return getattr(torch, TRUE.get(self._precision, usual))
 
     @property
     def now(self) -> Now:

@@ -17,6 +17,9 @@ from lcprune.distillation.quantized import Packed
 from lcprune.distillation.teacher import DtypeName, TeacherDtype, cast, load
 from lcprune.merging import surgery
 
+TRUE: dict[str, DtypeName] = {"bf16-true": "bfloat16", "16-true": "float16"}
+"""What Lightning casts the student to, by the trainer's precision."""
+
 
 @dataclass(frozen=True)
 class Storage:

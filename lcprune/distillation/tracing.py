@@ -56,8 +56,6 @@ class Shape:
     """Type of the weights."""
     autocast: torch.dtype | None = None
     """What products are computed in, where that is another type."""
-    device: str = "cpu"
-    """Kind of device."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def _trace(config: PretrainedConfig, depth: int, shape: Shape, lora: Lora | None
         saved = _Saved(list(model.parameters()))
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
-            torch.autocast(shape.device, dtype=low, enabled=low is not None),
+            torch.autocast("cpu", dtype=low, enabled=low is not None),
         ):
             batch = {"input_ids": torch.zeros(shape.rows, shape.length, dtype=torch.int64)}
             state = hidden_states(model, batch)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from lcprune import (
     ByTokens,
@@ -16,6 +15,7 @@ from lcprune import (
     Labels,
     Local,
     Logits,
+    Lora,
     Phase,
     ProgressiveCollapse,
     Schedule,
@@ -166,7 +166,24 @@ def test_forecast_of_a_sharded_run_divides_what_is_cut_and_adds_what_is_whole(te
     assert two.tokens_per_step == 2 * one.tokens_per_step
 
 
-def test_forecast_counts_averages_of_the_weights(teacher: str):
-    trainer = Trainer(accelerator="cpu", max_steps=20, logger=False, callbacks=[EMAWeightAveraging()])
-    stage = forecast(DistillationModule(teacher=teacher), ProgressiveCollapse(None), trainer, BATCHES).stages[0]
-    assert stage.memory.averages == 4 * stage.parameters
+def test_forecast_of_a_student_that_is_whole_anyway_or_never_merges_counts_no_merge(teacher: str):
+    assert found(teacher, Evenly(4)).whole == 0
+    packed = {"train": "lora", "lora": Lora(base="nf4")}
+    assert found(teacher, Evenly(4), **packed).whole > 0
+    assert found(teacher, ByTokens(Evenly(4, merges=1, first=3200, last=3200)), **packed).whole == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "strategy", "message"),
+    [
+        ({"train": "lora", "lora": Lora(targets=["lm_head"])}, "auto", "the output layer of this llama is its embed"),
+        ({"train": "lora"}, ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "with model.lora"),
+    ],
+)
+def test_forecast_refuses_adapters_that_fit_would(
+    teacher: str, settings: dict[str, object], strategy: Strategy | str, message: str
+):
+    trainer = Trainer(accelerator="cpu", max_steps=20, logger=False, enable_checkpointing=False, strategy=strategy)
+    module = DistillationModule(teacher=teacher, **settings)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=message):
+        forecast(module, ProgressiveCollapse(Evenly(4)), trainer, BATCHES)
