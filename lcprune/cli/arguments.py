@@ -1,4 +1,4 @@
-"""The parser of a command that takes no recipe's settings."""
+"""The parser of a command's own options."""
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import NoReturn
@@ -29,4 +29,5 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError."""
-        raise InputError(f"{self.prog.removeprefix('lcprune ')}: {message}: see `{self.prog} --help`.")
+        way = " see" if message.endswith("?") else ": see"
+        raise InputError(f"{self.prog.removeprefix('lcprune ')}: {message}{way} `{self.prog} --help`.")

@@ -51,7 +51,8 @@ def run(command: str, arguments: list[str]) -> None:
     """`lcprune cache --config RECIPE.yaml --out FOLDER`."""
     quieten()
     own, recipe_arguments = options.split(
-        f"lcprune {command} --config RECIPE.yaml --out FOLDER",
+        command,
+        "--config RECIPE.yaml --out FOLDER",
         arguments,
         ("--out", Path, "Folder for the cache; default: the recipe's model.teacher_cache."),
         ("--top-k", int, f"How many of the likeliest tokens are kept at every place; default: {TOP_K}."),

@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from contextlib import redirect_stdout, suppress
+from functools import cache
 
 from lcprune import cli
 from lcprune.cli import recipes
@@ -62,6 +63,7 @@ def commands() -> list[str]:
     return list(cli.HOMES)
 
 
+@cache
 def options(command: str) -> list[str]:
     """Every option that the help of a command shows; of one that takes a recipe, the recipe's settings too."""
     shown = io.StringIO()

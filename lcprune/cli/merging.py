@@ -31,7 +31,8 @@ def run(command: str, arguments: list[str]) -> None:
 
 def _collapse(arguments: list[str]) -> None:
     own, recipe_arguments = options.split(
-        "lcprune collapse --config RECIPE.yaml --out FOLDER",
+        "collapse",
+        "--config RECIPE.yaml --out FOLDER",
         arguments,
         ("--out", Path, "Folder for the shortened model."),
         *budgets.OPTIONS,

@@ -2,13 +2,15 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedModel
 
 from lcprune import demo, weights
-from lcprune.cli.training import Parser, RecipeCLI
+from lcprune.cli.arguments import CommandParser
+from lcprune.cli.training import RecipeCLI
 from lcprune.distillation.teacher import DTYPES, DtypeName, load
 from lcprune.errors import InputError
 
@@ -20,37 +22,37 @@ LOADING: tuple[Option, ...] = (
     ("--dtype", str, f"{', '.join(DTYPES)}: of the weights while planning; default: model.dtype of the recipe."),
 )
 """Options of every command that loads a model without training it."""
+ALIKE = 0.8
+"""From here on a name that is no option of the command counts as one misspelt, and not as a setting of the recipe."""
 
 
 def split(
-    usage: str, arguments: Sequence[str], *options: Option, examples: str = ""
+    command: str, usage: str, arguments: Sequence[str], *options: Option, examples: str = ""
 ) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and what remains for the recipe's parser (--config, --data.path ...).
 
     Args:
-        usage: The command as a user types it, without the recipe's settings.
-        arguments: What was typed behind the command's name.
+        command: Its name.
+        usage: What a user types behind it, without the recipe's settings.
+        arguments: What was typed behind it.
         options: Those of the command.
         examples: What --help ends with, printed as it stands.
+
+    Raises:
+        InputError: A value is not of its option's kind, or an option is misspelt.
     """
-
-    class Own(argparse.ArgumentParser):
-        error, _settings = Parser.error, Parser._settings  # type: ignore[assignment]
-
-    parser = Own(
-        usage=f"{usage} [--model.KEY VALUE] [--data.KEY VALUE] ...",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    parser.add_argument("-h", "--help", action="help", help="Show this; the recipe's own keys: lcprune fit --help.")
+    usage = f"lcprune {command} {usage} [--model.KEY VALUE] [--data.KEY VALUE] ..."
+    parser = CommandParser(command, "The recipe's own keys: lcprune fit --help.", examples, usage)
     for name, kind, text in options:
         if kind is bool:
             parser.add_argument(name, action="store_true", help=text)
         else:
             parser.add_argument(name, type=kind, help=text)
-    return parser.parse_known_args(arguments)
+    own, rest = parser.parse_known_args(arguments)
+    for given in (argument for argument in rest if argument.startswith("--")):
+        if near := get_close_matches(given.partition("=")[0], [name for name, *_ in options], 1, ALIKE):
+            parser.error(f"{given} is not an option, did you mean {near[0]}?")
+    return own, rest
 
 
 def check_loading(own: argparse.Namespace) -> None:

@@ -37,7 +37,8 @@ def run(command: str, arguments: list[str]) -> None:
     """`lcprune plan --config RECIPE.yaml [--config OVERLAY.yaml]`."""
     quieten()
     own, recipe_arguments = options.split(
-        f"lcprune {command} --config RECIPE.yaml",
+        command,
+        "--config RECIPE.yaml",
         arguments,
         ("--json", bool, "Print one JSON object instead of tables."),
         ("--tflops", _tflops, "10^12 operations per second that a device does in training: the time follows from it."),

@@ -37,7 +37,8 @@ def run(command: str, arguments: list[str]) -> None:
     """`lcprune data --config RECIPE.yaml`."""
     quieten()
     own, recipe_arguments = options.split(
-        f"lcprune {command} --config RECIPE.yaml",
+        command,
+        "--config RECIPE.yaml",
         arguments,
         ("--show", int, f"How many documents of the training part are shown; default: {SHOWN}."),
         examples=EXAMPLES,

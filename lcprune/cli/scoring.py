@@ -24,7 +24,8 @@ def run(command: str, arguments: list[str]) -> None:
     """`lcprune score --config RECIPE.yaml`."""
     quieten()
     own, recipe_arguments = options.split(
-        f"lcprune {command} --config RECIPE.yaml",
+        command,
+        "--config RECIPE.yaml",
         arguments,
         ("--out", Path, "Folder for scores.json and scores.png, or a .json file for the scores without a picture."),
         *options.LOADING,

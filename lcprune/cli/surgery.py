@@ -22,7 +22,7 @@ from lcprune.merging.budget import Budget, Depth, one_of
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import from_spec
 
-USAGE = "lcprune collapse-checkpoint IN OUT --config RECIPE.yaml"
+USAGE = "IN OUT --config RECIPE.yaml"
 EXAMPLES = """The recipe is the run's own; of its trainer only precision and accelerator count here. Planner, operator
 and refit are those of `collapse:`, and do what they would have done in training, bit for bit on one device.
 
@@ -52,6 +52,7 @@ def run(command: str, arguments: list[str]) -> None:
     quieten()
     paths, rest = _paths(arguments)
     own, recipe_arguments = options.split(
+        command,
         USAGE,
         rest,
         *budgets.OPTIONS[:3],
@@ -64,7 +65,9 @@ def run(command: str, arguments: list[str]) -> None:
         examples=EXAMPLES,
     )
     if len(paths) != 2:
-        raise InputError(f"Name the checkpoint to read and the one to write, before any option: {USAGE}.")
+        raise InputError(
+            f"Name the checkpoint to read and the one to write, before any option: lcprune {command} {USAGE}."
+        )
     source, out = paths
     given, budget = _asked(own)
     if out.exists():

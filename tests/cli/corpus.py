@@ -305,6 +305,16 @@ COMMANDS: dict[str, tuple[list[str], Parts]] = {
     "dtype that is none": (["collapse", "--dtype", "int3", "--out", "o"], ("--dtype int3", "bfloat16")),
     "device that is none": (["score", "--device", "toaster"], ("--device toaster", "cuda:1")),
     "device that is not there": (["score", "--device", "cuda:99"], ("cuda:99", "torch finds", "leave --device out")),
+    "misspelt option of a command": (
+        ["collapse", "--target-dept", "4", "--out", "o"],
+        ("--target-dept is not an option", "did you mean --target-depth?", "`lcprune collapse --help`."),
+    ),
+    "misspelt short option": (["data", "--shwo=3"], ("--shwo=3", "did you mean --show?", "`lcprune data --help`.")),
+    "number that is none": (["cache", "--top-k", "x", "--out", "o"], ("--top-k", "'x'", "`lcprune cache --help`.")),
+    "shell that is none": (
+        ["completion", "csh"],
+        ("lcprune: completion: argument shell", "`lcprune completion --help`."),
+    ),
     "plan into a folder": (
         ["collapse", "--plan-only", "--out", "/tmp"],
         ("--out /tmp", "is a folder", "name a file"),

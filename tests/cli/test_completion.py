@@ -60,6 +60,15 @@ def test_other_shells_get_every_command_and_option(shell: str, monkeypatch: pyte
     assert all(f"--of-{command}" in text for command in completion.commands())
 
 
+def test_every_help_is_asked_for_once(monkeypatch: pytest.MonkeyPatch):
+    completion.options.cache_clear()
+    asked = []
+    monkeypatch.setattr("lcprune.cli.main", lambda arguments: asked.append(arguments) or print("--config"))
+    completion.script("bash")
+    completion.options.cache_clear()
+    assert len(asked) == len(completion.commands())
+
+
 def test_commands_are_those_of_the_help():
     assert {"fit", "predict", "collapse", "plan", "recipes", "completion"} <= set(completion.commands())
     assert all(f"\n  {command}" in HELP for command in completion.commands())
