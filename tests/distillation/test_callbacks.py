@@ -79,8 +79,7 @@ def test_merges_happen_right_after_the_scheduled_optimizer_steps(fit: Fit, accum
     assert {step: depth for step, depth in diary.depths.items() if step} == depths
     held = {step: 9 * depth + 2 for step, depth in depths.items()}
     assert {step: count for step, count in diary.held.items() if step} == held
-    assert diary.gradients[3] == diary.gradients[7] == 0
-    assert diary.gradients[4] == 9 * 5 + 2
+    assert not any(count for step, count in diary.gradients.items() if step)
     assert [step.global_step for step in module.history.steps] == [3, 7]
     assert module.history.lineage == ((0,), (1, 2), (3, 4), (5,))
     assert module.student.config.num_hidden_layers == 4
