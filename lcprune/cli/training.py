@@ -5,6 +5,7 @@ recipe.yaml. What can be known to fail is refused before weights are loaded.
 """
 
 import json
+import re
 import sys
 from argparse import RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from lcprune.cli.resuming import last_checkpoint
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import RECIPE, check_target, export
 from lcprune.delivery.figures import Figures, model_figures, throughput
+from lcprune.delivery.runs import FIGURES, STUDENT
 from lcprune.distillation import adapters, checkpoint, sharded
 from lcprune.distillation.callbacks import ProgressiveCollapse, measure
 from lcprune.distillation.module import DistillationModule
@@ -51,8 +53,6 @@ from lcprune.merging.search import RefitSearch  # noqa: F401
 
 KEYWORDS = ("last", "best", "hpc", "registry")
 """What Lightning takes for a `ckpt_path` beside a path."""
-STUDENT = "student"
-"""Folder of the exported student inside a run folder."""
 _OF_A_RUN = "an example:\n  lcprune {} --config recipes/shortgpt.yaml --ckpt_path runs/shortgpt/checkpoints/last.ckpt\n"
 EXAMPLES = {
     "fit": """examples:
@@ -151,6 +151,13 @@ class RecipeCLI(LightningCLI):
         except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
             # Lightning's own words about settings that do not go together.
             raise cause_of(error) or InputError(f"trainer: {one_line(error)}.") from error
+        except RuntimeError as error:
+            if twice := re.search(r"more than one stateful callback of type `(\w+)`", str(error)):
+                raise InputError(
+                    f"trainer.callbacks holds {twice[1]} twice with settings that its checkpoints cannot tell apart: "
+                    "leave one of them out, or give them different ones."
+                ) from error
+            raise
         _check_amounts(trainer)
         return trainer
 
@@ -265,7 +272,7 @@ class RecipeCLI(LightningCLI):
             license=demo.license_of(module.teacher_name),
         )
         figures = self._figures(final, out)
-        write_text(folder / "figures.json", json.dumps(figures.to_dict(), indent=2) + "\n")
+        write_text(folder / FIGURES, json.dumps(figures.to_dict(), indent=2) + "\n")
         tables.closing(figures, out)
 
     def _figures(self, final: dict[str, float], out: Path) -> Figures:

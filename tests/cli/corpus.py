@@ -21,6 +21,10 @@ def of(class_path: str, **init_args: object) -> dict[str, object]:
 # What is changed in a good recipe (dotted with `__`).
 RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
     "misspelt trainer key": ({"trainer__max_stepz": 3}, ("max_stepz", "did you mean", "max_steps")),
+    "callback given twice": (
+        {"trainer__callbacks": 2 * [of("lightning.pytorch.callbacks.ModelCheckpoint", every_n_train_steps=3)]},
+        ("trainer.callbacks holds ModelCheckpoint twice", "leave one of them out"),
+    ),
     "misspelt section": ({"modle": {"teacher": "x"}}, ("modle", "did you mean model")),
     "misspelt argument of a class": (
         {"collapse__schedule": of("Evenly", target_dept=4)},
