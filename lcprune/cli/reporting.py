@@ -131,7 +131,8 @@ def _look(found: Run, own: Namespace) -> Look:
 def _pair(found: Run, own: Namespace) -> _Pair:
     """Loads both models and the text; raises InputError if one of the three cannot be had."""
     if found.student is None or found.history is None:
-        raise InputError(_no_student(found))
+        way = runs.unfinished(found.folder)
+        raise InputError(f"there are no weights of the student{f'; {way}' if way else ' (RUN/student)'}.")
     if not found.teacher:
         raise InputError("neither recipe nor history names the original.")
     data = _text(found)
@@ -141,16 +142,6 @@ def _pair(found: Run, own: Namespace) -> _Pair:
     teacher = load(found.teacher, dtype, device)
     student = load(str(found.student), dtype, device, named="the student")
     return _Pair(found, teacher, student, data, dtype)
-
-
-def _no_student(found: Run) -> str:
-    path = runs.newest_checkpoint(found.folder)
-    if path is None:
-        return "there are no weights of the student (RUN/student with *.safetensors)."
-    return (
-        "there are no weights of the student; lcprune export "
-        f"{path} --out {found.folder / runs.STUDENT} makes them of the newest checkpoint."
-    )
 
 
 def _text(found: Run) -> TextDataModule:

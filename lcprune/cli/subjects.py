@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from lcprune import demo
 from lcprune.delivery.export import RECIPE
-from lcprune.delivery.runs import student_of
+from lcprune.delivery.runs import student_of, unfinished
 from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.lineage import HISTORY, MergeHistory
@@ -74,6 +74,8 @@ def look_at(name: str) -> Subject:
     folder = (student_of(place) if run else None) or place
     local = folder.is_dir()
     if local and not (folder / "config.json").is_file():
+        if way := unfinished(place):
+            raise InputError(f"{name} is a run that has exported no student yet: {way}.")
         raise InputError(
             f"{name} holds neither a model (config.json) nor a run with one (student/config.json): name a folder that "
             "lcprune fit, collapse or export wrote, or a model on the hub."

@@ -157,6 +157,14 @@ def student_of(folder: Path) -> Path | None:
     return _student(folder, _recipe(folder, [])[1])
 
 
+def unfinished(folder: Path) -> str | None:
+    """How a run comes by the student that it has not exported; None where it has no checkpoint either."""
+    path = newest_checkpoint(folder)
+    return (
+        None if path is None else f"`lcprune export {path} --out {folder / STUDENT}` makes it of the newest checkpoint"
+    )
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that a run wrote last; None if it wrote none."""
     return max((folder / CHECKPOINTS).glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
