@@ -1,14 +1,13 @@
 """The promise of the README's first screen, on the real model: `lcprune fit --config recipes/quickstart.yaml`."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.processes import ROOT, python
 
 pytestmark = pytest.mark.model
 
@@ -17,10 +16,8 @@ pytestmark = pytest.mark.model
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished quickstart."""
     folder = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, "-m", "lcprune", "fit", "--config", str(ROOT / "recipes" / "quickstart.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3000)
-    assert done.returncode == 0, done.stderr[-3000:]
+    recipe = ROOT / "recipes" / "quickstart.yaml"
+    done = python("-m", "lcprune", "fit", "--config", recipe, cwd=folder, timeout=3000)
     (folder / "stdout.txt").write_text(done.stdout)
     return folder
 

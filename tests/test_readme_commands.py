@@ -6,12 +6,9 @@ start and a page of text; names of models that are not at hand and amounts that 
 
 import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,10 +18,10 @@ from lcprune.cli import main
 from lcprune.delivery import gguf, hub
 from tests import builders
 from tests.cli.recipe import text_file
+from tests.processes import ROOT, python
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # libraries warn of what is tiny
 
-ROOT = Path(__file__).resolve().parents[1]
 SHELL = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"^(lcprune [^#\n]*?) *(?:#.*)?$", "".join(SHELL), re.MULTILINE)))
 SMALLER = {
@@ -119,15 +116,7 @@ def test_command_of_the_readme_runs(command: str, here: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("command", [each for each in COMMANDS if "--trainer.devices" in each])
 def test_command_of_the_readme_for_several_devices_runs(command: str, here: Path):
     # Lightning starts the second process by the first one's command line.
-    done = subprocess.run(
-        [sys.executable, "-m", "lcprune", *typed(command)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    python("-m", "lcprune", *typed(command), cwd=here, timeout=300)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="would fetch tasks from the hub")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from lcprune.cli.quiet import quieten
 from lcprune.merging.lineage import MergeHistory
 from tests.builders import save_tiny, tiny_llama
 from tests.cli.recipe import recipe, text_file, write
+from tests.processes import python
 
 pytestmark = pytest.mark.filterwarnings("ignore:`litmodels`", "ignore:The `srun` command")
 
@@ -203,10 +203,7 @@ def test_single_callback_may_stand_without_a_list(tiny_folder: Path, tmp_path: P
 
 def test_fit_on_two_processes_ends_with_one_export(tiny_folder: Path, tmp_path: Path):
     content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", trainer__devices=2, trainer__strategy="ddp")
-    command = [sys.executable, "-m", "lcprune", "fit", "--config", str(write(tmp_path, content))]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = python("-m", "lcprune", "fit", "--config", write(tmp_path, content), cwd=tmp_path, timeout=200)
     assert MergeHistory.load(tmp_path / "run" / "student" / "history.json").depth == 4
     assert done.stdout.count("what became of it") == 1
 

@@ -1,8 +1,5 @@
 """`lcprune fit` under FSDP2 from the command line: a run in shards, resumed from a folder, exported as a plain one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,21 +8,11 @@ from transformers import AutoModelForCausalLM
 from lcprune.distillation.checkpoint import read
 from lcprune.merging.lineage import MergeHistory
 from tests.cli.recipe import recipe, text_file, write
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import python
 
 
 def fit(config: Path, *options: str) -> None:
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "lcprune", "fit", "--config", str(config), *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    python("-m", "lcprune", "fit", "--config", config, *options)
 
 
 @pytest.mark.slow

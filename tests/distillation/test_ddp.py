@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +9,12 @@ import pytest
 from lightning.pytorch import callbacks
 
 from lcprune.distillation.checkpoint import read
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, python
 
 
 def _ranks(script: str, folder: Path, teacher: Path, text: Path) -> list[dict[str, Any]]:
     """What the two processes of a script have written."""
-    path = ROOT / "tests" / "distillation" / script
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", str(path), str(folder), str(teacher), str(text)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    python(ROOT / "tests" / "distillation" / script, folder, teacher, text, timeout=300)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

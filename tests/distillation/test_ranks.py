@@ -1,14 +1,12 @@
 """Two processes do what one does with the same global batch: curves, refits, phases, adapters, resuming, memory."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import python
+
 LAYER = 9280
 """Parameters of a decoder layer of the tiny Llama."""
 
@@ -18,17 +16,7 @@ Rank = dict[str, dict[str, float]]
 def ranks(folder: Path, teacher: Path, text: Path, scenario: str, strategy: str) -> list[Rank]:
     """What every process of a run says."""
     folder.mkdir()
-    names = map(str, (folder, teacher, text))
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.distillation.ranks_run", *names, scenario, strategy],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    python("-m", "tests.distillation.ranks_run", folder, teacher, text, scenario, strategy)
     files = sorted(folder.glob("rank*.json"))
     assert len(files) == (1 if "one" in strategy else 2)
     return [json.loads(file.read_text()) for file in files]

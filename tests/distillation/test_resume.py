@@ -1,9 +1,6 @@
 """A run that was stopped around a merge and resumed ends bit for bit like the one that was not."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +9,8 @@ import torch
 from lcprune.distillation.checkpoint import load_student, read
 from lcprune.merging.lineage import MergeHistory
 from tests.distillation import runs
+from tests.processes import python
 
-ROOT = Path(__file__).parents[2]
 Ending = tuple[dict[str, torch.Tensor], MergeHistory, dict[int, float]]
 
 
@@ -124,17 +121,8 @@ def test_run_killed_and_killed_again_around_a_merge_ends_like_the_whole_one(
     whole: Ending, dropping: Path, short: Path, tmp_path: Path, points: tuple[str, ...]
 ):
     for point in points:
-        command = [sys.executable, "-W", "ignore", "-m", "tests.distillation.killed_run"]
-        killed = subprocess.run(
-            [*command, str(tmp_path), str(dropping), str(short), point],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+        arguments = (tmp_path, dropping, short, point)
+        python("-m", "tests.distillation.killed_run", *arguments, status=-signal.SIGKILL, timeout=300)
         assert read(tmp_path / "last.ckpt").history.depth == (5 if point == "after" else 6)
     module, losses = runs.resumable(tmp_path, dropping, short, resume=True)
     assert sorted(losses) == list(range(4 if points[-1] == "after" else 3, 13))
