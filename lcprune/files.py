@@ -1,10 +1,11 @@
-"""Files that are whole or not there: written beside, then renamed. And where this user's cache is."""
+"""Files that are whole or not there: written beside, then renamed; what JSON can say; where this user's cache is."""
 
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,6 +59,15 @@ def check_place(given: str, path: Path) -> None:
     place = next(folder for folder in path.resolve().parents if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{given} cannot be made, {place} is not a folder that you may write to: name another place.")
+
+
+def for_json(data: object) -> object:
+    """The same with lists for tuples, and None for numbers that JSON does not know."""
+    if isinstance(data, dict):
+        return {key: for_json(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [for_json(value) for value in data]
+    return None if isinstance(data, float) and not isfinite(data) else data
 
 
 def write_text(path: Path, text: str) -> None:

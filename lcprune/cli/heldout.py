@@ -85,14 +85,14 @@ def of_recipe(path: Path, limit: int | None, device: str | None = None) -> HeldO
         raise InputError(f"{path}: {error}") from error
     loader, most = cli.datamodule.val_dataloader(), trainer.limit_val_batches
     count = int(len(loader) * most) if isinstance(most, float) else most
-    batches = list(_first(islice(loader, count), limit))
+    batches = list(first_blocks(islice(loader, count), limit))
     if not batches:
         raise InputError(f"{path}: trainer.limit_val_batches={most} leaves no held-out text: name a text with --text.")
     teacher = storages(module.weights_dtype, module.teacher_dtype, module.lora, str(trainer.precision))[1]
     return HeldOutText(f"held-out part of {path.name}'s data", batches, trainer.strategy.root_device, teacher, cli)
 
 
-def _first(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
+def first_blocks(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
     """Batches with so many blocks in all, the last one cut."""
     for batch in batches:
         if limit is None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lcprune import demo
 from lcprune.cli import bars, options
 from lcprune.cli.arguments import CommandParser
+from lcprune.cli.heldout import first_blocks
 from lcprune.cli.quiet import quieten
 from lcprune.cli.training import Parser
 from lcprune.data.module import TextDataModule
@@ -168,7 +169,7 @@ def _likeness(pair: _Pair, blocks: int, missing: list[str]) -> tuple[Likeness | 
     """Both models on a few calibration blocks, and before it the student as it was before it was trained."""
     if not blocks:
         return None, None
-    batches = _first(pair.data.calibration_batches(), blocks)
+    batches = list(first_blocks(pair.data.calibration_batches(), blocks))
     before = None
     if pair.run.log.series:
         try:
@@ -189,17 +190,6 @@ def _untrained(pair: _Pair, batches: Sequence[Batch]) -> PreTrainedModel:
         begun, model = MergeHistory(depth), second_view(pair.teacher)
     merge_untrained(model, begun, pair.history, batches)
     return model
-
-
-def _first(batches: Sequence[Batch], blocks: int) -> list[Batch]:
-    """So many rows of the batches at most."""
-    found: list[Batch] = []
-    for batch in batches:
-        rows = min(len(batch["input_ids"]), blocks)
-        if rows:
-            found.append({name: tensor[:rows] for name, tensor in batch.items()})
-        blocks -= rows
-    return found
 
 
 def _samples(pair: _Pair, count: int) -> tuple[Sample, ...]:

@@ -67,7 +67,7 @@ def model_card(
     return "\n".join(
         [
             _front_matter(history, license),
-            f"# {_short_name(history.teacher)}, {history.teacher_depth} -> {history.depth} layers\n",
+            f"# {short_name(history.teacher)}, {history.teacher_depth} -> {history.depth} layers\n",
             f"A shorter version of `{history.teacher or 'an unnamed model'}`, made with lcprune: runs of consecutive "
             "layers were merged into one. `history.json` holds the same account for programs.\n",
             f"Licence of the base model: {license or 'unknown: see the base model'}.\n",
@@ -148,7 +148,7 @@ def _step_rows(steps: Sequence[MergeStep]) -> list[tuple[str, ...]]:
             str(number),
             "outside training" if step.global_step is None else str(step.global_step),
             _layers(step.group),
-            operator_name(step),
+            step.operator_name,
             ", ".join(f"{share:.3g}" for share in step.shares),
         )
         for number, step in enumerate(steps, start=1)
@@ -159,19 +159,16 @@ def _lineage_rows(history: MergeHistory) -> list[tuple[str, ...]]:
     return [(str(layer), _layers(members)) for layer, members in enumerate(history.lineage)]
 
 
-def operator_name(step: MergeStep) -> str:
-    """The class name of the step's operator, without its module."""
-    return str(step.operator["class_path"]).rpartition(".")[2]
-
-
 def _citations(steps: Sequence[MergeStep]) -> list[str]:
-    used = {METHOD_OF_OPERATOR[name] for name in map(operator_name, steps) if name in METHOD_OF_OPERATOR}
+    names = {step.operator_name for step in steps}
+    used = {METHOD_OF_OPERATOR[name] for name in names if name in METHOD_OF_OPERATOR}
     papers = [f"- {text}. https://arxiv.org/abs/{text.split()[-1]}" for name, text in METHODS.items() if name in used]
     return ["## Methods\n", *papers, ""] if papers else []
 
 
-def _short_name(teacher: str) -> str:
-    return re.split(r"[/\\]", teacher.rstrip("/\\"))[-1] or "A causal language model"
+def short_name(model: str) -> str:
+    """The last part of a hub name or of a path."""
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] or "A causal language model"
 
 
 def _layers(indices: Iterable[int]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 from lcprune.delivery.choices import Answers
 from lcprune.delivery.figures import ModelFigures
+from lcprune.files import for_json
 
 RATIO = "perplexity_ratio"
 """What `retained` calls student / teacher of the perplexity: 1 = nothing lost, higher = worse."""
@@ -140,7 +141,7 @@ class Evaluation:
 
     def to_json(self) -> str:
         """Indented JSON that every reader accepts: what is infinite or not a number is null."""
-        return json.dumps(_finite(self.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(for_json(self.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def of_answers(answers: Answers) -> TaskFigures:
@@ -172,11 +173,3 @@ def _paired(student: Sequence[float], teacher: Sequence[float]) -> Paired:
 
 def _first(task: TaskFigures) -> float:
     return next(iter(task.metrics.values()))
-
-
-def _finite(data: object) -> object:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

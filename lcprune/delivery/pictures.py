@@ -21,6 +21,7 @@ from math import inf, isfinite, nan
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lcprune.files import for_json
 from lcprune.merging.criteria import SAFEST, ranking
 from lcprune.merging.heatmaps import WeightDistances
 
@@ -113,16 +114,7 @@ class Scores:
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON; what is no finite number becomes None."""
-        return {name: _plain(value) for name, value in asdict(self).items()} | {"layers": self.layers}
-
-
-def _plain(value: object) -> object:
-    """The same with lists for tuples, and None for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
+        return {name: for_json(value) for name, value in asdict(self).items()} | {"layers": self.layers}
 
 
 def missing() -> str | None:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from lcprune import demo
 from lcprune.delivery import page, pictures, sections
+from lcprune.delivery.card import short_name
 from lcprune.delivery.export import RECIPE
 from lcprune.delivery.page import Picture, RunPage
 from lcprune.delivery.provenance import here_and_now
 from lcprune.delivery.runs import STUDENT, Run
 from lcprune.delivery.sections import Look
 from lcprune.delivery.tree import family_tree
-from lcprune.delivery.wording import headlines, short_name, title
+from lcprune.delivery.wording import headlines, title
 from lcprune.files import write_bytes, write_text
 from lcprune.merging.lineage import HISTORY
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lcprune.merging.calibration import Batch, evaluating, mask_of
+from lcprune.delivery.decoding import continuations
+from lcprune.merging.calibration import Batch, mask_of
 from lcprune.merging.progress import track
 
 PROMPT, ANSWER = 32, 48
@@ -40,8 +40,8 @@ def side_by_side(
     return tuple(
         Sample(
             prompt=_text(tokenizer, ids_T),
-            teacher=_text(tokenizer, _continued(teacher, ids_T)),
-            student=_text(tokenizer, _continued(student, ids_T)),
+            teacher=_text(tokenizer, continuations(teacher, ids_T[None], ANSWER, "teacher")[0]),
+            student=_text(tokenizer, continuations(student, ids_T[None], ANSWER, "student")[0]),
         )
         for ids_T in track(begun, "generating text")
     )
@@ -53,18 +53,5 @@ def _rows(batch: Batch) -> list[Tensor]:
     return [ids_T if mask_BT is None else ids_T[mask_BT[row]] for row, ids_T in enumerate(ids_BT)]
 
 
-def _continued(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
-    ids_BT = ids_T[None].to(model.device)
-    with evaluating(model):
-        output = model.generate(  # type: ignore[operator]
-            input_ids=ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
-            max_new_tokens=ANSWER,
-            do_sample=False,
-            use_cache=True,
-        )
-    return output[0, len(ids_T) :].cpu()
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids_T: Tensor) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, ids_T: Tensor | list[int]) -> str:
     return str(tokenizer.decode(ids_T, skip_special_tokens=True))

@@ -26,6 +26,11 @@ ONE_MEMBER = {kind.__name__: kind for kind in (Drop, ReplaceWithLast)}
 """Operators that keep the weights of one member and leave the others' out."""
 
 
+def when(global_step: int | None) -> str:
+    """The optimizer step of a merge, in two words."""
+    return "no training" if global_step is None else f"step {global_step}"
+
+
 @dataclass(frozen=True)
 class Stage:
     """The merges of one optimizer step."""
@@ -40,7 +45,7 @@ class Stage:
     @property
     def label(self) -> str:
         """When it was, in two words."""
-        return "no training" if self.global_step is None else f"step {self.global_step}"
+        return when(self.global_step)
 
 
 @dataclass(frozen=True)
@@ -208,16 +213,15 @@ def _joining(members: Sequence[_Node], merged: _Node, left_out: Sequence[int]) -
 def _left_out(step: MergeStep) -> list[int]:
     """Members whose weights are not in the merged layer, by their place in the group."""
     # Of a history that somebody else wrote, no class is imported to draw a picture.
-    if str(step.operator["class_path"]).rpartition(".")[2] not in ONE_MEMBER:
+    if step.operator_name not in ONE_MEMBER:
         return []
     source = from_spec(step.operator).source(step.shares)
     return [place for place in range(len(step.group)) if place != source]
 
 
 def _said(step: MergeStep, ancestors: Sequence[int], stage: Stage) -> str:
-    operator = str(step.operator["class_path"]).rpartition(".")[2]
-    refit = f", then {str(step.refit['class_path']).rpartition('.')[2]}" if step.refit else ""
-    return f"{stage.label}: teacher layers {runs_of(ancestors)} become one ({operator}{refit})"
+    refit = f", then {step.refit_name}" if step.refit else ""
+    return f"{stage.label}: teacher layers {runs_of(ancestors)} become one ({step.operator_name}{refit})"
 
 
 def _headings(places: dict[tuple[int, int], int], stages: Sequence[Stage]) -> list[tuple[float, Stage]]:

@@ -1,25 +1,19 @@
 """Figures of a run in words: what a report begins with, and its tables."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import floor, isfinite, log10
 
-from lcprune.delivery.card import operator_name
+from lcprune.delivery.card import short_name
 from lcprune.delivery.figures import ModelFigures
 from lcprune.delivery.page import Headline, Table
 from lcprune.delivery.runs import Run
-from lcprune.delivery.tree import runs_of
-from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.delivery.tree import runs_of, when
+from lcprune.merging.lineage import MergeHistory
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 ARROW, TIMES, MINUS, NONE = " \N{RIGHTWARDS ARROW} ", "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{EN DASH}"
 NO_METRIC, NO_TASK = ("rows", "stderr"), ("perplexity_ratio",)
 """What evaluation.json has beside a task's metrics, and beside the tasks."""
-
-
-def short_name(model: str) -> str:
-    """The last part of a hub name or of a path."""
-    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] or "A causal language model"
 
 
 def title(run: Run) -> str:
@@ -123,7 +117,7 @@ def models_table(run: Run) -> tuple[Table, ...]:
         depth -= step.absorbed
         if "val/perplexity" in step.measured:
             measured = [perplexity(step.measured["val/perplexity"]), fraction(step.measured.get("val/agreement"))]
-            rows.append((f"right after the merge: {when(step)}", str(depth), "", "", "", *measured))
+            rows.append((f"right after the merge: {when(step.global_step)}", str(depth), "", "", "", *measured))
     rows.append(_model_row("student", run.figures.student, run.figures.speed["student"], run, "val/perplexity"))
     head = ("", "layers", "parameters", "on disk", "tokens/s", "perplexity", "agreement")
     note = (
@@ -139,11 +133,6 @@ def _model_row(named: str, model: ModelFigures, speed: float, run: Run, name: st
     return (*counted, perplexity(final(run, name)), fraction(agreement) if named == "student" else "")
 
 
-def when(step: MergeStep) -> str:
-    """The optimizer step of a merge, in two words."""
-    return "no training" if step.global_step is None else f"step {step.global_step}"
-
-
 def merges_table(history: MergeHistory) -> tuple[Table, ...]:
     """Every merge: when, which teacher layers, how."""
     if not history.steps:
@@ -152,8 +141,8 @@ def merges_table(history: MergeHistory) -> tuple[Table, ...]:
     for step in history.steps:
         ancestors = [layer for index in step.group for layer in reached.lineage[index]]
         reached = reached.append(step)
-        refit = "" if step.refit is None else f" + {str(step.refit['class_path']).rpartition('.')[2]}"
-        rows.append((when(step), runs_of(ancestors), str(reached.depth), operator_name(step) + refit))
+        refit = "" if step.refit is None else f" + {step.refit_name}"
+        rows.append((when(step.global_step), runs_of(ancestors), str(reached.depth), step.operator_name + refit))
     scored = list(dict.fromkeys(name for step in history.steps for name in step.scores))
     columns = [aligned([step.scores.get(name) for step in history.steps]) for name in scored]
     head = ("merge", "teacher's layers", "layers left", "operator", *(name.replace("_", " ") for name in scored))

@@ -85,6 +85,16 @@ class MergeStep:
         """How many layers the merge takes away."""
         return len(self.group) - 1
 
+    @property
+    def operator_name(self) -> str:
+        """The class name of the operator, without its module."""
+        return str(self.operator["class_path"]).rpartition(".")[2]
+
+    @property
+    def refit_name(self) -> str | None:
+        """The class name of the refit, without its module; None = none."""
+        return None if self.refit is None else str(self.refit["class_path"]).rpartition(".")[2]
+
 
 @dataclass(frozen=True)
 class MergeHistory:

@@ -118,3 +118,14 @@ def test_both_models_go_on_greedily_from_the_same_words(
     assert first == again
     assert first[0].prompt == "merge th"
     assert first[0].teacher != first[0].student
+
+
+def test_what_models_write_is_what_evaluate_looks_at(
+    tiny_llama: Models, student: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+):
+    begun = prompts([{"input_ids": torch.tensor([tiny_tokenizer("merge the layers")["input_ids"]])}], 1)
+    plain = side_by_side(tiny_llama(), student, tiny_tokenizer, begun)
+    teacher = tiny_llama()
+    assert teacher.generation_config is not None
+    teacher.generation_config.repetition_penalty = 5.0  # would hide that it repeats itself
+    assert side_by_side(teacher, student, tiny_tokenizer, begun) == plain
