@@ -20,8 +20,8 @@ ROOMS = {
     "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
     "search budget within collapse shards streaming heatmaps",
     "distillation": "schedules triggers standing stages accumulation strategies randomness storing boundary faults "
-    "signals stepping divergences buckets head fused losses metrics levels trained passes quantized adapters "
-    "teacher beginning tracing pair footprint phases beforehand objectives evaluated averaging cache fill "
+    "signals stepping divergences buckets head fused liger losses metrics levels kernels trained passes quantized "
+    "adapters teacher beginning tracing pair footprint phases beforehand objectives evaluated averaging cache fill "
     "recall sharded optim checkpoint resumable module given throughput companions guests undo merges callbacks "
     "offline forecast comparison",
     "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate "
@@ -45,6 +45,7 @@ LIBRARIES = {
     "distillation.buckets": ("torch",),
     "distillation.head": ("torch",),
     "distillation.fused": ("torch",),
+    "distillation.liger": ("torch", "liger_kernel"),
     "distillation.losses": ("torch",),
 }
 IN_ONE_MODULE = ("datasets", "lm_eval", "matplotlib", "peft", "bitsandbytes")

@@ -163,6 +163,31 @@ def check_trains(phases: Sequence[Phase], usually: Trained, lineage: Lineage, fi
         step += phase.steps or 0
 
 
+def check_trained(what: Trained, lineage: Lineage, refused: Sequence[int]) -> None:
+    """A phase that is on has something to train.
+
+    Args:
+        what: Its setting.
+        lineage: The student's.
+        refused: Optimizer steps of merges that were undone.
+
+    Raises:
+        InputError: If it has not.
+    """
+    if trained_layers(what, lineage):
+        return
+    if refused:
+        raise InputError(
+            f"train={what} has nothing to train, because the merge at step {', '.join(map(str, refused))} is undone: "
+            "raise collapse.max_perplexity_jump, merge more gently (collapse.refit, fewer layers at a time), or train "
+            "all or layers."
+        )
+    raise InputError(
+        f"train={what} trains nothing before the first merge: merge at step 0 (collapse.schedule.first: 0), or "
+        "train all or layers until then."
+    )
+
+
 def warn_of_phases(phases: Sequence[Phase], begun: int, end: float) -> None:
     """Says so where the last phase, which a run is for, never begins.
 

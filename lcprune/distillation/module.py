@@ -4,7 +4,7 @@ The module owns weights and history; the trainer owns optimizer state; `Progress
 `configure_model`: building the module loads nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from lcprune.distillation import (
     recall,
     sharded,
 )
+from lcprune.distillation import kernels as kernels_room
 from lcprune.distillation import phases as phases_room
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
@@ -38,6 +39,7 @@ from lcprune.distillation.boundary import StepBoundary
 from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
 from lcprune.distillation.checkpoint import Fingerprint, fingerprint_of
 from lcprune.distillation.faults import LossWatch
+from lcprune.distillation.kernels import KERNELS, Kernels
 from lcprune.distillation.levels import Level, Logits
 from lcprune.distillation.optim import Rewarming
 from lcprune.distillation.pair import TRUE
@@ -78,6 +80,7 @@ class DistillationModule(Resumable, Stepping):
         activations: `keep` them for the backward pass, or `recompute` them layer by layer: less memory, a third more
             time (gradient checkpointing).
         compile_layers: torch.compile for every decoder layer of the student: one graph serves every depth.
+        kernels: `torch`, or on a GPU `liger`: norms, MLPs and the loss by Liger's kernels, which says what it leaves.
         teacher_cache: Folder that `lcprune cache` has filled: what the teacher says about training batches is looked
             up there instead of computed. Validation, planning and refits run the teacher still.
     """
@@ -98,6 +101,7 @@ class DistillationModule(Resumable, Stepping):
         lr_scheduler: LRSchedulerCallable | None = None,
         activations: Literal["keep", "recompute"] = "keep",
         compile_layers: bool = False,
+        kernels: Kernels = "torch",
         teacher_cache: Path | None = None,
     ) -> None:
         super().__init__()
@@ -107,6 +111,7 @@ class DistillationModule(Resumable, Stepping):
             "teacher_dtype": (teacher_dtype, TEACHER_DTYPES),
             "phases_begin": (phases_begin, ("run", "merge")),
             "activations": (activations, ("keep", "recompute")),
+            "kernels": (kernels, KERNELS),
         }
         wrong = [
             f"{name}={value!r} must be one of {', '.join(values)}"
@@ -139,6 +144,8 @@ class DistillationModule(Resumable, Stepping):
         self.make_scheduler = lr_scheduler
         self.activations = activations
         self.compile_layers = compile_layers
+        self.kernels: Kernels = kernels
+        self._take_off_kernels: list[Callable[[], None]] = []
         self.teacher_cache = None if teacher_cache is None else Path(teacher_cache).expanduser()
         self.cache: TeacherCache | None = None
         self._config: PretrainedConfig | None = None
@@ -193,6 +200,7 @@ class DistillationModule(Resumable, Stepping):
         self.check_sharding(self.trainer)
         if stage == "fit":
             beforehand.try_out(self.make_optimizer, self.make_scheduler)
+            kernels_room.check(self.kernels, self.teacher_config, self.trainer.strategy.root_device)
             beforehand.check_strategy(self.trainer.strategy, self.phases, self.train_usually)
             averaging.check(self.trainer, [phase.trained(self.train_usually) for phase in self.phases])
             self.open_cache()
@@ -211,6 +219,7 @@ class DistillationModule(Resumable, Stepping):
             f"model.teacher_dtype={self.teacher_dtype}": self.teacher_dtype in ("int8", "nf4"),
             "model.teacher_cache": self.teacher_cache is not None,
             "model.compile_layers": self.compile_layers,
+            f"model.kernels={self.kernels}": self.kernels != "torch",
         }
         beforehand.check_sharding(trainer.strategy, str(trainer.precision), self.phases, others)
 
@@ -247,6 +256,9 @@ class DistillationModule(Resumable, Stepping):
                 layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
         self.teacher = Teacher(model)
         self.student = student
+        if self.kernels == "liger":
+            self._take_off_kernels = [kernels_room.put_on(each) for each in (model, student)]
+            kernels_room.say([phase.objective for phase in self.phases], teacher_room.head_of(student))
         if sharding:
             assert self.device_mesh is not None
             for each in (model, student):
@@ -271,19 +283,7 @@ class DistillationModule(Resumable, Stepping):
     def check_trains(self) -> None:
         """Raises InputError if the phase that is on has nothing to train, as the student stands."""
         what = self.now.phase.trained(self.train_usually)
-        if trained_room.trained_layers(what, self.history.lineage):
-            return
-        if self.standing.refused:
-            steps = ", ".join(map(str, self.standing.refused))
-            raise InputError(
-                f"train={what} has nothing to train, because the merge at step {steps} is undone: raise "
-                "collapse.max_perplexity_jump, merge more gently (collapse.refit, fewer layers at a time), or train "
-                "all or layers."
-            )
-        raise InputError(
-            f"train={what} trains nothing before the first merge: merge at step 0 (collapse.schedule.first: 0), or "
-            "train all or layers until then."
-        )
+        beforehand.check_trained(what, self.history.lineage, self.standing.refused)
 
     def choose_trained(self) -> None:
         """Makes trainable what the phase that is on, and the merges so far, say; after a merge it has to be asked."""
@@ -349,7 +349,7 @@ class DistillationModule(Resumable, Stepping):
         """One batch through teacher and student; logs every term and the depth."""
         now, lineage = self.now, self.history.lineage
         forward = self._taught(batch, now.phase.objective)
-        terms = objectives.objective(now.phase.objective, forward, lineage, now.progress)
+        terms = objectives.objective(now.phase.objective, forward, lineage, now.progress, self.kernels)
         self.losses.note(terms["loss"], batch_idx)
         size = len(batch["input_ids"])
         self.log("train/loss", terms["loss"].detach(), prog_bar=True, batch_size=size)
@@ -391,6 +391,9 @@ class DistillationModule(Resumable, Stepping):
             self._rng = None
 
     def teardown(self, stage: str) -> None:
-        """Lets the trainer's device memory go: the teacher moves to the CPU with the student."""
+        """Lets the trainer's device memory go: the teacher moves to the CPU with the student, in torch's kernels."""
+        for take_off in self._take_off_kernels:
+            take_off()
+        self._take_off_kernels = []
         if self.teacher is not None and not sharded.is_sharded(self.teacher.model):
             self.teacher.model.to("cpu")

@@ -8,6 +8,7 @@ Only positions whose next token is scored (label not -100) count: padding and pr
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -160,7 +161,13 @@ def _of_kind(kind: tuple[object, ...], ancestors: Sequence[int], teacher: PreTra
     return next((index for index in ancestors if layout.kind_of(teacher.config, index) == kind), ancestors[0])
 
 
-def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progress: float = 0.0) -> dict[str, Tensor]:
+def objective(
+    levels: Sequence[Level],
+    forward: Forward,
+    lineage: Lineage,
+    progress: float = 0.0,
+    kernels: Literal["torch", "liger"] = "torch",
+) -> dict[str, Tensor]:
     """The terms by metric name, unweighted and detached, and their weighted sum as `loss` with a gradient.
 
     All are means over the scored positions of the batch.
@@ -170,6 +177,7 @@ def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progr
         forward: What `run` returned for these levels.
         lineage: Teacher layers of every student layer.
         progress: How much of the phase is over, from 0 to 1.
+        kernels: Whose compute the loss on the logits.
     """
     keep_BT = scored_positions(forward.batch)
     logits, labels = only(levels, Logits), only(levels, Labels)
@@ -177,7 +185,7 @@ def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progr
     loss = torch.zeros((), device=keep_BT.device)
     if logits is not None or labels is not None:
         assert forward.student.last is not None
-        head = _head_loss(forward, forward.student.last[keep_BT], keep_BT, logits, labels)
+        head = _head_loss(forward, forward.student.last[keep_BT], keep_BT, logits, labels, kernels)
         loss = loss + head.total
         terms |= {"logits": head.logits} if logits is not None else {}
         terms |= {"labels": head.labels} if labels is not None else {}
@@ -202,7 +210,12 @@ def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progr
 
 
 def _head_loss(
-    forward: Forward, student_ND: Tensor, keep_BT: Tensor, logits: Logits | None, labels: Labels | None
+    forward: Forward,
+    student_ND: Tensor,
+    keep_BT: Tensor,
+    logits: Logits | None,
+    labels: Labels | None,
+    kernels: Literal["torch", "liger"],
 ) -> HeadLoss:
     targets_N = next_tokens(forward.batch)[keep_BT]
     logits_weight = 0.0 if logits is None else logits.weight
@@ -226,6 +239,7 @@ def _head_loss(
         divergence=None if logits is None else logits.formula,
         logits_weight=logits_weight,
         labels_weight=labels_weight,
+        kernels=kernels,
     )
 
 

@@ -102,6 +102,17 @@ def test_export_is_proved_for_every_family(
     assert folder_size(out) >= student.num_parameters() * dtype.itemsize
 
 
+def test_compiled_student_whose_graphs_round_otherwise_is_exported(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    def rounding(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        return lambda *args: tuple(out * 1.001 if out.is_floating_point() else out for out in graph(*args))
+
+    student = tiny_llama(4)
+    for layer in student.model.layers:
+        layer.forward = torch.compile(layer.forward, backend=rounding)
+    export(student, tmp_path / "out", tokenizer=tokenizer, history=HISTORY)
+    assert delivery.folder_size(tmp_path / "out") > 0
+
+
 def test_export_keeps_history_and_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     recipe = "seed_everything: 1  # é\n"
     out = export(tiny_llama(4), tmp_path / "a" / "b", tokenizer=tokenizer, history=HISTORY, recipe=recipe)

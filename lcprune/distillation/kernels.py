@@ -1,0 +1,89 @@
+"""Whose kernels a run computes with: torch's, or Liger's on a GPU, which are put on and taken off again.
+
+On the way through the layers Liger computes a norm, and the gate of an MLP, in one kernel each, and keeps less for the
+way back. Positions stay torch's: Liger replaces those for all models of the process.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lcprune.distillation import liger
+from lcprune.distillation.head import Head
+from lcprune.distillation.levels import Level, Logits, only
+from lcprune.errors import InputError
+
+Kernels = Literal["torch", "liger"]
+KERNELS: tuple[Kernels, ...] = get_args(Kernels)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3")
+"""Those of ours that Liger has kernels for; experts are left out."""
+
+
+def check(kernels: Kernels, config: PretrainedConfig, device: torch.device) -> None:
+    """Raises InputError if a run cannot compute with these kernels.
+
+    Args:
+        kernels: As model.kernels.
+        config: The teacher's.
+        device: Where the run computes.
+    """
+    if kernels == "torch":
+        return
+    if config.model_type not in FAMILIES:
+        raise InputError(
+            f"model.kernels=liger has no kernels for model_type={config.model_type!r}, only for "
+            f"{', '.join(FAMILIES)}: set model.kernels: torch."
+        )
+    if find_spec("liger_kernel") is None:
+        raise InputError("model.kernels=liger needs liger-kernel: pip install 'lcprune[liger]', or set torch.")
+    if device.type != "cuda":
+        raise InputError(
+            f"model.kernels=liger computes on a CUDA GPU, this run on {device.type}: set model.kernels: torch."
+        )
+
+
+def say(objectives: Sequence[Sequence[Level]], head: Head) -> None:
+    """Prints what Liger computes, and what of the loss it leaves to us.
+
+    Args:
+        objectives: Of all phases.
+        head: The student's.
+    """
+    left = []
+    for levels in objectives:
+        logits = only(levels, Logits)
+        reason = liger.reason_against(head, None if logits is None else logits.formula)
+        left += [] if reason is None else [reason]
+    loss = f"; the loss is lcprune's own, because {left[0]}" if left else ", and the loss"
+    rank_zero_info(f"model.kernels=liger: norms and MLPs of student and teacher{loss}.")
+
+
+def put_on(model: PreTrainedModel) -> Callable[[], None]:
+    """Lets Liger compute a model's norms and MLPs.
+
+    Args:
+        model: Of one of FAMILIES; its weights stay as they are.
+
+    Returns:
+        What takes them off again, as a model that moves to a CPU needs it.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    before = [(module, set(vars(module))) for module in model.modules()]
+    classes = vars(sys.modules[type(model).__module__])
+    names = dict(classes)
+    _apply_liger_kernel_to_instance(model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
+    classes.update(names)  # the classes of models that are made later it has replaced too
+    added = [(module, set(vars(module)) - known) for module, known in before]
+
+    def take_off() -> None:
+        for module, attributes in added:
+            for name in attributes:
+                vars(module).pop(name, None)
+
+    return take_off
