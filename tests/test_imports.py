@@ -20,10 +20,10 @@ ROOMS = {
     "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
     "search budget within collapse shards streaming heatmaps",
     "distillation": "schedules triggers standing stages accumulation strategies randomness storing boundary faults "
-    "signals stepping divergences buckets head fused liger losses metrics levels kernels trained passes quantized "
-    "adapters teacher beginning tracing pair footprint phases beforehand objectives evaluated averaging cache fill "
-    "recall sharded optim checkpoint resumable module given throughput companions guests undo merges callbacks "
-    "offline forecast comparison",
+    "signals stepping divergences buckets head rows fused liger losses metrics levels kernels trained passes "
+    "quantized adapters teacher beginning tracing pair footprint phases beforehand objectives evaluated averaging "
+    "cache fill recall sharded optim checkpoint resumable module given throughput companions guests undo merges "
+    "callbacks offline forecast comparison",
     "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate "
     "origin module",
     "delivery": "pictures card export decoding choices speed figures evaluate harness hub gguf training_log tree plots "
@@ -44,6 +44,7 @@ LIBRARIES = {
     "distillation.divergences": ("torch",),
     "distillation.buckets": ("torch",),
     "distillation.head": ("torch",),
+    "distillation.rows": ("torch", "triton"),
     "distillation.fused": ("torch",),
     "distillation.liger": ("torch", "liger_kernel"),
     "distillation.losses": ("torch",),

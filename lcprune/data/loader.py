@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lcprune.errors import InputError
 
 Batch = dict[str, Tensor]
-"""`input_ids` and `labels`, both int64 [B, T], and what `packing.batch_of` adds to them."""
+"""`input_ids` and `labels`, both int64 [B, T], and what `packing.training_batch_of` adds to them."""
 
 Row = tuple[Tensor, ...]
 """A block: one tensor [T] for each of its names."""

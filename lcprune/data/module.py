@@ -28,7 +28,7 @@ from lcprune.data.generate import Generate
 from lcprune.data.loader import Batch, BlockSampler, ResumableLoader, Row, crc32_of, generator
 from lcprune.data.mixture import Part
 from lcprune.data.origin import Origin
-from lcprune.data.packing import Blocks, Packed, Packing, batch_of, packed
+from lcprune.data.packing import Blocks, Packed, Packing, batch_of, packed, training_batch_of
 from lcprune.data.streaming import Share, StreamLoader
 from lcprune.demo import DEMO, load_tokenizer
 from lcprune.errors import InputError
@@ -275,7 +275,7 @@ class TextDataModule(L.LightningDataModule):
             sampler=sampler,
             drop_last=training,
             num_workers=self.num_workers,
-            collate_fn=partial(batch_of, tuple(blocks)),
+            collate_fn=partial(training_batch_of if training else batch_of, tuple(blocks)),
             generator=torch.Generator(),  # else every epoch would draw a number from the global one
         )
 

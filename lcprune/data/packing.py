@@ -186,3 +186,13 @@ def batch_of(names: Sequence[str], rows: Sequence[Sequence[Tensor]]) -> dict[str
         longest = int(batch["attention_mask"].sum(1).max())
         batch = {name: tensor[:, :longest].contiguous() for name, tensor in batch.items()}
     return batch
+
+
+def training_batch_of(names: Sequence[str], rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    """As `batch_of`, with `scored` [N]: the numbers, among all B * T positions, of those whose next token is learned.
+
+    How many there are decides the shapes of a loss. Found where the batch is made, a GPU need not be waited for.
+    """
+    batch = batch_of(names, rows)
+    next_BT = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    return {**batch, "scored": (next_BT != -100).flatten().nonzero().squeeze(1)}

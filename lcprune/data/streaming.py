@@ -18,7 +18,7 @@ import torch
 
 from lcprune.data.columns import Columns, Documents, NothingThere, documents_of
 from lcprune.data.loader import Batch, generator
-from lcprune.data.packing import Blocks, batch_of
+from lcprune.data.packing import Blocks, training_batch_of
 from lcprune.errors import InputError
 
 Reader: TypeAlias = Callable[[int], Iterator[dict[str, object]]]
@@ -162,4 +162,4 @@ class Share:
         mine = order[: count // (batch_size * devices) * batch_size * devices][self._rank :: devices]
         for chosen in mine.view(-1, batch_size)[begin:]:
             rows = zip(*(tensor[chosen] for tensor in blocks.values()), strict=True)
-            yield batch_of(tuple(blocks), list(rows))
+            yield training_batch_of(tuple(blocks), list(rows))

@@ -22,14 +22,13 @@ class TokenWindow:
         self._tokens = 0
         self._first = 0.0
 
-    def weigh(self, loss: Tensor, scored: Tensor) -> Tensor:
+    def weigh(self, loss: Tensor, tokens: int) -> Tensor:
         """The loss of a micro-batch, a mean, made to count by its tokens.
 
         Args:
             loss: Scalar.
-            scored: Which positions count, bool [B, T].
+            tokens: Scored ones, over which it is the mean.
         """
-        tokens = int(scored.sum())
         if not self._first:  # on every rank alike, whatever it scores: the ranks meet in here
             self._first = max(_over_ranks(float(tokens), loss.device) / _ranks(), 1.0)
         self._tokens += tokens

@@ -33,10 +33,16 @@ class LossWatch:
 
     def __init__(self) -> None:
         self._losses: list[tuple[int, Tensor]] = []
+        self._copied: torch.cuda.Event | None = None
 
     def note(self, loss: Tensor, batch_idx: int) -> None:
-        """Keeps a loss, a scalar, until the step."""
-        self._losses.append((batch_idx, loss.detach()))
+        """Keeps a loss, a scalar, until the step; a GPU's is on its way to the CPU from now on."""
+        value = loss.detach()
+        if value.is_cuda:
+            value = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        self._losses.append((batch_idx, value))
 
     def check(self, trainer: Trainer) -> None:
         """Before the optimizer steps; every rank has to ask.
@@ -44,7 +50,9 @@ class LossWatch:
         Raises:
             RunError: A loss is NaN or infinite; the message names its batch where it was this rank's.
         """
-        losses, self._losses = self._losses, []
+        if self._copied is not None:
+            self._copied.synchronize()  # waits for the last loss alone, not for the gradients that follow it
+        losses, self._losses, self._copied = self._losses, [], None
         finite = not losses or bool(torch.isfinite(torch.stack([loss for _, loss in losses])).all())
         if trainer.strategy.reduce_boolean_decision(finite, all=True):
             return

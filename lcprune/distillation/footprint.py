@@ -313,7 +313,10 @@ def _states(step: Step, at: At, teacher_depth: int) -> int:
 
 
 def _loss(step: Step, at: At) -> int:
-    """As fused.py holds it: buffers [C, V], the heads in the type of the products, gradients of states and head."""
+    """As fused.py holds it: buffers [C, V], the heads in the type of the products, gradients of states and head.
+
+    Buffers as on a CPU: on a GPU a chunk is four times as long, and there are two in the type of the products.
+    """
     if only(at.levels, Logits) is None and only(at.levels, Labels) is None:
         return 0
     text, low = step.config.get_text_config(), step.shape.autocast

@@ -7,6 +7,7 @@ nothing of the head's size is held beside it. Legend: `N` tokens, `C` tokens of 
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from lcprune.distillation import buckets
 from lcprune.distillation.buckets import Buckets
 from lcprune.distillation.divergences import Chunk, Divergence, Weights, value_and_gradient
 from lcprune.distillation.head import Head
+
+_ADDS_WIDER = "dtype_out" in torch.ops.aten.addmm.overloads()
+"""Whether this torch adds products of 16 bits to sums of 32 without a temporary, as it does on CUDA from 2.8 on."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,13 @@ def fused(
         return _FusedHead.apply(student_ND, *student.tensors, student, teacher, targets_N, settings)
 
 
+def computes_by_rows(device: torch.device, teacher: Full | Buckets, settings: Settings) -> bool:
+    """Whether one kernel per token makes value and gradient (rows.py), instead of operations on whole chunks."""
+    apart = settings.labels_weight != 0 and settings.divergence.temperature != 1  # two softmaxes of the same logits
+    known = isinstance(teacher, Full) and settings.divergence_weight != 0 and settings.dtype != torch.float64
+    return device.type == "cuda" and known and not apart and find_spec("triton") is not None
+
+
 class _FusedHead(torch.autograd.Function):
     """Loss and gradient chunk by chunk; `backward` only scales what `forward` has computed."""
 
@@ -58,19 +69,23 @@ class _FusedHead(torch.autograd.Function):
     def forward(ctx, student_ND, weight, bias, down, up, student, teacher, targets_N, settings):  # type: ignore[no-untyped-def]
         student_low, teacher = student.detach().to(settings.dtype), _in(settings.dtype, teacher)
         scratch = _Scratch(min(settings.chunk, max(len(targets_N), 1)), student.weight_VD, settings.dtype)
+        by_rows = computes_by_rows(student_ND.device, teacher, settings)
         gradients = _Gradients(student_ND, student_low, ctx.needs_input_grad[:5], scratch.dtype)
         teach = torch.zeros((), dtype=scratch.dtype, device=student_ND.device)
         ce = torch.zeros_like(teach)
         for begin in range(0, len(targets_N), settings.chunk):
             part = slice(begin, begin + settings.chunk)
             states_CD = student_ND[part].to(settings.dtype)
-            logits_CV = scratch.logits(0, states_CD, student_low)
+            logits_CV = (scratch.product if by_rows else scratch.logits)(0, states_CD, student_low)
             slope_CV = scratch.slope(logits_CV, student.cap)
-            if settings.divergence_weight:
+            chunk_teach = torch.zeros_like(teach)
+            if by_rows:
+                chunk_teach, chunk_ce, grad_CV = _row_by_row(logits_CV, teacher, part, targets_N, settings, scratch)
+            elif settings.divergence_weight:
                 chunk_teach, chunk_ce, grad_CV = _taught(logits_CV, teacher, part, targets_N[part], settings, scratch)
-                teach += chunk_teach
             else:
                 chunk_ce, grad_CV = _cross_entropy(logits_CV, targets_N[part], settings.labels_weight, scratch)
+            teach += chunk_teach
             ce += chunk_ce
             if slope_CV is not None:
                 grad_CV *= slope_CV
@@ -136,6 +151,8 @@ class _Gradients:
             return
         if left.dtype == total.dtype:
             total.addmm_(left, right, beta=int(self._filled))
+        elif total.is_cuda and _ADDS_WIDER and total.dtype == torch.float32:
+            torch.addmm(total, left, right, beta=int(self._filled), out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
         elif self._filled:
             total += left @ right
         else:
@@ -146,22 +163,28 @@ class _Scratch:
     """Buffers [C, V] that every chunk uses again, made when they are first asked for.
 
     0 and 1 hold the logits of student and teacher, 2 and 3 what is made of them, 4 the slope of a soft cap, 5 the
-    gradient of a cross-entropy whose temperature is not the divergence's. On CPUs fresh pages for every temporary cost
-    more than the arithmetic on them.
+    gradient of a cross-entropy whose temperature is not the divergence's, -1 a product on its way to float32. On CPUs
+    fresh pages for every temporary cost more than the arithmetic on them.
     """
 
     def __init__(self, chunk: int, head_VD: Tensor, compute: torch.dtype) -> None:
         self.dtype = torch.promote_types(compute, torch.float32)
         self._shape, self._device = (chunk, len(head_VD)), head_VD.device
-        self._buffers: dict[int, Tensor] = {}
-        low = compute != self.dtype
-        self._product = torch.empty(self._shape, dtype=compute, device=self._device) if low else None
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._compute = compute
 
-    def empty(self, index: int, rows: int) -> Tensor:
-        """The first rows of a buffer, with whatever they hold."""
-        if index not in self._buffers:
-            self._buffers[index] = torch.empty(self._shape, dtype=self.dtype, device=self._device)
-        return self._buffers[index][:rows]
+    def empty(self, index: int, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The first rows of a buffer, with whatever they hold; one for every dtype that is asked for."""
+        key = index, self.dtype if dtype is None else dtype
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(self._shape, dtype=key[1], device=self._device)
+        return self._buffers[key][:rows]
+
+    def product(self, index: int, states_CD: Tensor, head: Head) -> Tensor:
+        """Logits [C, V] in the products' dtype where the head is a product and nothing else; otherwise as `logits`."""
+        if not head.is_product:
+            return self.logits(index, states_CD, head)
+        return torch.mm(states_CD, head.weight_VD.t(), out=self.empty(index, len(states_CD), self._compute))
 
     def logits(self, index: int, states_CD: Tensor, head: Head) -> Tensor:
         """Logits [C, V] in a buffer; products in the dtype of the states, sums in float32."""
@@ -185,17 +208,31 @@ class _Scratch:
 
     def _multiply(self, out_CV: Tensor, left: Tensor, right: Tensor, *, add: float | None = None) -> None:
         """Out = left right^T, or out += add * left right^T."""
-        if self._product is None:
+        if self._compute == self.dtype:
             torch.addmm(
                 out_CV, left, right.t(), beta=0 if add is None else 1, alpha=1 if add is None else add, out=out_CV
             )
             return
-        product_CV = torch.mm(left, right.t(), out=self._product[: len(left)])
+        product_CV = torch.mm(left, right.t(), out=self.empty(-1, len(left), self._compute))
         out_CV.copy_(product_CV) if add is None else out_CV.add_(product_CV, alpha=add)
 
 
 def _in(dtype: torch.dtype, teacher: Full | Buckets) -> Full | Buckets:
     return teacher if isinstance(teacher, Buckets) else Full(teacher.states_ND, teacher.head.detach().to(dtype))
+
+
+def _row_by_row(
+    logits_CV: Tensor, teacher: Full, part: slice, targets_N: Tensor, settings: Settings, scratch: _Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_taught`, by a kernel per token; the gradient replaces the logits."""
+    from lcprune.distillation import rows  # triton comes with torch for GPUs alone
+
+    teacher_CV = scratch.product(1, teacher.states_ND[part].to(settings.dtype), teacher.head)
+    temperature = settings.divergence.temperature
+    weights = Weights(settings.divergence_weight * temperature, settings.labels_weight)
+    value_C, nats_C = rows.value_and_gradient(logits_CV, teacher_CV, targets_N[part], settings.divergence, weights)
+    ce = nats_C.sum() if settings.labels_weight else torch.zeros_like(value_C[0])
+    return value_C.sum() * temperature**2, ce, logits_CV
 
 
 def _taught(

@@ -51,6 +51,11 @@ class Head:
         adapter = (None, None) if self.low_rank is None else (self.low_rank.down_RD, self.low_rank.up_VR)
         return (self.weight_VD, self.bias_V, *adapter)
 
+    @property
+    def is_product(self) -> bool:
+        """Whether its logits are h W^T and nothing else."""
+        return self.bias_V is None and self.low_rank is None and self.scale == 1 and self.cap is None
+
     def holding(self, tensors: tuple[Tensor | None, ...]) -> "Head":
         """The same head around other W, b, A and B."""
         weight, bias, down, up = tensors

@@ -5,7 +5,7 @@ way back. Positions stay torch's: Liger replaces those for all models of the pro
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -13,9 +13,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lcprune.distillation import liger
-from lcprune.distillation.head import Head
-from lcprune.distillation.levels import Level, Logits, only
 from lcprune.errors import InputError
 
 Kernels = Literal["torch", "liger"]
@@ -47,39 +44,25 @@ def check(kernels: Kernels, config: PretrainedConfig, device: torch.device) -> N
         )
 
 
-def say(objectives: Sequence[Sequence[Level]], head: Head) -> None:
-    """Prints what Liger computes, and what of the loss it leaves to us.
+def put_on(*models: PreTrainedModel) -> Callable[[], None]:
+    """Lets Liger compute models' norms and MLPs.
 
     Args:
-        objectives: Of all phases.
-        head: The student's.
-    """
-    left = []
-    for levels in objectives:
-        logits = only(levels, Logits)
-        reason = liger.reason_against(head, None if logits is None else logits.formula)
-        left += [] if reason is None else [reason]
-    loss = f"; the loss is lcprune's own, because {left[0]}" if left else ", and the loss"
-    rank_zero_info(f"model.kernels=liger: norms and MLPs of student and teacher{loss}.")
-
-
-def put_on(model: PreTrainedModel) -> Callable[[], None]:
-    """Lets Liger compute a model's norms and MLPs.
-
-    Args:
-        model: Of one of FAMILIES; its weights stay as they are.
+        models: Of FAMILIES; their weights stay as they are.
 
     Returns:
-        What takes them off again, as a model that moves to a CPU needs it.
+        What takes the kernels off again, as models that move to a CPU need it.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    before = [(module, set(vars(module))) for module in model.modules()]
-    classes = vars(sys.modules[type(model).__module__])
-    names = dict(classes)
-    _apply_liger_kernel_to_instance(model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
-    classes.update(names)  # the classes of models that are made later it has replaced too
+    before = [(module, set(vars(module))) for model in models for module in model.modules()]
+    for model in models:
+        classes = vars(sys.modules[type(model).__module__])
+        names = dict(classes)
+        _apply_liger_kernel_to_instance(model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
+        classes.update(names)  # the classes of models that are made later it has replaced too
     added = [(module, set(vars(module)) - known) for module, known in before]
+    rank_zero_info("model.kernels=liger: norms and MLPs of student and teacher by liger-kernel")
 
     def take_off() -> None:
         for module, attributes in added:

@@ -23,6 +23,8 @@ from lcprune.distillation.head import Head
 
 CHUNK = 256
 """Tokens whose logits exist at once; on CPUs 256 is as fast as 512 and 1024, and 128 is slower."""
+GPU_CHUNK = 1024
+"""The same on GPUs, where every chunk costs a pass over the head's gradient; rows.py needs a quarter of the buffers."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def head_loss(
     divergence: Divergence | None = None,
     logits_weight: float = 1.0,
     labels_weight: float = 0.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     kernels: Literal["torch", "liger"] = "torch",
 ) -> HeadLoss:
     """Divergence from the teacher's next-token distribution, and cross-entropy, from last states and heads.
@@ -66,13 +68,13 @@ def head_loss(
         divergence: Which one, at which temperature; default: forward KL at 1.
         logits_weight: Weight of the divergence.
         labels_weight: Weight of the cross-entropy (at temperature 1).
-        chunk: C; memory is proportional to C * V.
+        chunk: C; memory is proportional to C * V; default: CHUNK or GPU_CHUNK.
         kernels: `liger` = by Liger's kernels, wherever `liger.reason_against` has no reason; on a GPU.
 
     With N = 0 every term is 0 and the gradient is 0, not missing.
     """
     formula = Divergence() if divergence is None else divergence
-    settings = Settings(formula, logits_weight, labels_weight, chunk, _dtype(student_ND))
+    settings = Settings(formula, logits_weight, labels_weight, chunk or _chunk(student_ND), _dtype(student_ND))
     known = Full(teacher_ND.detach(), teacher)
     asked = formula if logits_weight else None
     if kernels == "liger" and liger.reason_against(student, asked) is None and len(targets_N):
@@ -89,7 +91,7 @@ def bucket_loss(
     targets_N: Tensor,
     logits_weight: float = 1.0,
     labels_weight: float = 0.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> HeadLoss:
     """`head_loss` by forward KL from a teacher of whom only the likeliest tokens are known (buckets.py).
 
@@ -100,9 +102,9 @@ def bucket_loss(
         targets_N: Next token at every position.
         logits_weight: Weight of the divergence.
         labels_weight: Weight of the cross-entropy.
-        chunk: C; memory is proportional to C * V.
+        chunk: C; memory is proportional to C * V; default: CHUNK or GPU_CHUNK.
     """
-    settings = Settings(Divergence(), logits_weight, labels_weight, chunk, _dtype(student_ND))
+    settings = Settings(Divergence(), logits_weight, labels_weight, chunk or _chunk(student_ND), _dtype(student_ND))
     return _loss(student_ND, student, teacher, targets_N, settings)
 
 
@@ -111,6 +113,10 @@ def _loss(
 ) -> HeadLoss:
     total, logits, labels = fused(student_ND, student, teacher, targets_N, settings)
     return HeadLoss(total, logits.detach(), labels.detach(), len(targets_N))
+
+
+def _chunk(states: Tensor) -> int:
+    return GPU_CHUNK if states.is_cuda else CHUNK
 
 
 def _dtype(states: Tensor) -> torch.dtype:

@@ -145,7 +145,7 @@ class DistillationModule(Resumable, Stepping):
         self.activations = activations
         self.compile_layers = compile_layers
         self.kernels: Kernels = kernels
-        self._take_off_kernels: list[Callable[[], None]] = []
+        self._take_off_kernels: Callable[[], None] = lambda: None
         self.teacher_cache = None if teacher_cache is None else Path(teacher_cache).expanduser()
         self.cache: TeacherCache | None = None
         self._config: PretrainedConfig | None = None
@@ -257,8 +257,7 @@ class DistillationModule(Resumable, Stepping):
         self.teacher = Teacher(model)
         self.student = student
         if self.kernels == "liger":
-            self._take_off_kernels = [kernels_room.put_on(each) for each in (model, student)]
-            kernels_room.say([phase.objective for phase in self.phases], teacher_room.head_of(student))
+            self._take_off_kernels = kernels_room.put_on(model, student)
         if sharding:
             assert self.device_mesh is not None
             for each in (model, student):
@@ -354,8 +353,9 @@ class DistillationModule(Resumable, Stepping):
         size = len(batch["input_ids"])
         self.log("train/loss", terms["loss"].detach(), prog_bar=True, batch_size=size)
         others = {f"train/{name}": value for name, value in terms.items() if name != "loss"}
-        self.log_dict({**others, "depth": float(self.history.depth)}, batch_size=size)
-        return self.window.weigh(terms["loss"], objectives.scored_positions(batch))
+        depth = torch.full((), float(self.history.depth), device=self.device)  # a number would wait for the device
+        self.log_dict({**others, "depth": depth}, batch_size=size)
+        return self.window.weigh(terms["loss"], len(objectives.scored_of(batch)))
 
     def run(self, batch: Batch, levels: Sequence[Level]) -> objectives.Forward:
         """Student and teacher on a batch, as far as the levels need them."""
@@ -392,8 +392,6 @@ class DistillationModule(Resumable, Stepping):
 
     def teardown(self, stage: str) -> None:
         """Lets the trainer's device memory go: the teacher moves to the CPU with the student, in torch's kernels."""
-        for take_off in self._take_off_kernels:
-            take_off()
-        self._take_off_kernels = []
+        self._take_off_kernels()
         if self.teacher is not None and not sharded.is_sharded(self.teacher.model):
             self.teacher.model.to("cpu")

@@ -24,6 +24,9 @@ from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, next_tokens
 from lcprune.merging.lineage import Lineage
 
+SCORED = "scored"
+"""What a data module may call the numbers [N] of the scored positions in a batch, when it knows them."""
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -179,13 +182,13 @@ def objective(
         progress: How much of the phase is over, from 0 to 1.
         kernels: Whose compute the loss on the logits.
     """
-    keep_BT = scored_positions(forward.batch)
+    scored = scored_of(forward.batch)
     logits, labels = only(levels, Logits), only(levels, Labels)
     terms: dict[str, Tensor] = {}
-    loss = torch.zeros((), device=keep_BT.device)
+    loss = torch.zeros((), device=scored.device)
     if logits is not None or labels is not None:
         assert forward.student.last is not None
-        head = _head_loss(forward, forward.student.last[keep_BT], keep_BT, logits, labels, kernels)
+        head = _head_loss(forward, at(scored, forward.student.last), scored, logits, labels, kernels)
         loss = loss + head.total
         terms |= {"logits": head.logits} if logits is not None else {}
         terms |= {"labels": head.labels} if labels is not None else {}
@@ -205,26 +208,27 @@ def objective(
         terms["local"] = mean.detach()
     if not terms:
         assert forward.student.last is not None
-        loss = loss + 0 * forward.student.last[keep_BT].float().sum()
+        loss = loss + 0 * at(scored, forward.student.last).float().sum()
     return {"loss": loss, **terms}
 
 
 def _head_loss(
     forward: Forward,
     student_ND: Tensor,
-    keep_BT: Tensor,
+    scored_N: Tensor,
     logits: Logits | None,
     labels: Labels | None,
     kernels: Literal["torch", "liger"],
 ) -> HeadLoss:
-    targets_N = next_tokens(forward.batch)[keep_BT]
+    targets_N = at(scored_N, next_tokens(forward.batch))
     logits_weight = 0.0 if logits is None else logits.weight
     labels_weight = 0.0 if labels is None else labels.weight
-    if forward.buckets is not None:
+    known = forward.buckets
+    if known is not None:
         return bucket_loss(
             student_ND,
             forward.student_head,
-            forward.buckets[keep_BT],
+            Buckets(at(scored_N, known.ids), at(scored_N, known.log_p), at(scored_N, known.log_tail)),
             targets_N=targets_N,
             logits_weight=logits_weight,
             labels_weight=labels_weight,
@@ -233,7 +237,7 @@ def _head_loss(
         student_ND,
         forward.student_head,
         # Labels alone need no teacher.
-        student_ND.detach() if forward.teacher.last is None else forward.teacher.last[keep_BT],
+        student_ND.detach() if forward.teacher.last is None else at(scored_N, forward.teacher.last),
         forward.teacher_head,
         targets_N=targets_N,
         divergence=None if logits is None else logits.formula,
@@ -245,9 +249,9 @@ def _head_loss(
 
 def _distance(outputs: Mapping[int, Tensor], forward: Forward, lineage: Lineage, kind: str) -> Tensor:
     """Mean distance of these layers' outputs to the teacher's stream behind their last ancestors."""
-    keep_BT = scored_positions(forward.batch)
+    scored = scored_of(forward.batch)
     distances = [
-        boundary_loss(output[keep_BT], forward.teacher.layers[lineage[s][-1]][keep_BT], kind=kind)  # type: ignore[arg-type]
+        boundary_loss(at(scored, output), at(scored, forward.teacher.layers[lineage[s][-1]]), kind=kind)  # type: ignore[arg-type]
         for s, output in outputs.items()
     ]
     return torch.stack(distances).mean()
@@ -256,3 +260,13 @@ def _distance(outputs: Mapping[int, Tensor], forward: Forward, lineage: Lineage,
 def scored_positions(batch: Mapping[str, Tensor]) -> Tensor:
     """Which positions [B, T] have a next token that counts."""
     return next_tokens(batch) != -100
+
+
+def scored_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """Numbers [N] of the scored positions among all B * T: the batch's own, or found, for which a GPU is waited for."""
+    return batch[SCORED] if SCORED in batch else scored_positions(batch).flatten().nonzero().squeeze(1)
+
+
+def at(scored_N: Tensor, values_BT: Tensor) -> Tensor:
+    """Of values [B, T, ...] those at the scored positions, [N, ...]."""
+    return values_BT.flatten(0, 1).index_select(0, scored_N)

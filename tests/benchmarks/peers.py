@@ -141,6 +141,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="that are timed, after two that are not")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--activations", choices=["keep", "recompute"], default="keep", help="of all contestants")
+    parser.add_argument("--kernels", choices=["torch", "liger"], default="torch", help="of those who know Liger's")
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--tiny", action="store_true", help="a tiny random model, two steps")
     given = shapes.parsed(parser, arguments)
@@ -167,6 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
             device=given.device,
             dtype=given.dtype,
             activations=given.activations,
+            kernels=given.kernels,
         )
         rounds, failed = race(given.only, work, given.rounds)
         weighed = rounds
@@ -181,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         "tokens": given.batch_size * given.block_size,
         "dtype": given.dtype,
         "activations": given.activations,
+        "kernels": given.kernels,
         "device": torch.cuda.get_device_name() if given.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
     }
     print(json.dumps(result))

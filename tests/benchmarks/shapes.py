@@ -87,13 +87,15 @@ def teacher_of(given: argparse.Namespace, folder: Path) -> str:
     if given.random is None:
         return str(given.model)
     config = config_of(given.random, layers=given.layers, hidden=given.hidden, vocabulary=given.vocabulary)
-    return str(save_random(folder, config))
+    # Weights are stored as they are run; float32 would take more than twice as long to read.
+    return str(save_random(folder, config, getattr(torch, given.dtype), given.device))
 
 
-def save_random(folder: Path, config: LlamaConfig, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes a random model of a config, always the same."""
+def save_random(folder: Path, config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Path:
+    """Writes a random model of a config, always the same on a kind of device."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     return folder
 
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lcprune import Boundary, Calibration, DistillationModule, Drop, FixedPlan, Local, Logits
 from lcprune.distillation.levels import Level
+from lcprune.distillation.objectives import scored_of
 from lcprune.distillation.trained import Trained
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Batch
@@ -53,12 +54,19 @@ class Bench:
         length = min(given.block_size, given.tokens)
         input_ids = torch.randint(config.vocab_size, (given.tokens // length, length), device=given.device)
         self.batch: Batch = {"input_ids": input_ids, "labels": input_ids.clone()}
+        # As the data module makes it, before the batch moves to a GPU.
+        self.known: Batch = {**self.batch, "scored": scored_of(self.batch)}
 
     def module(self, name: str) -> DistillationModule:
         """A merged module of one of the settings, on the device."""
         objective, train = SETTINGS[name]
         module = DistillationModule(
-            teacher=self.model, objective=objective, train=train, teacher_dtype=self.given.dtype, dtype="float32"
+            teacher=self.model,
+            objective=objective,
+            train=train,
+            teacher_dtype=self.given.dtype,
+            dtype="float32",
+            kernels=self.given.kernels,
         )
         module.configure_model()
         assert module.teacher is not None
@@ -77,7 +85,7 @@ class Bench:
 
         def step() -> torch.Tensor:
             with self._autocast():
-                return module.training_step(self.batch, 0)
+                return module.training_step(self.known, 0)
 
         return step
 
@@ -143,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=512, help="tokens in a batch")
+    parser.add_argument("--kernels", choices=["torch", "liger"], default="torch", help="of ours alone")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of steps that are timed")
     given = parsed(parser, arguments)
     torch.manual_seed(0)
@@ -154,6 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         "merged": f"{len(bench.groups)} pairs from layer {bench.groups[0][0]}",
         "tokens": int(bench.batch["input_ids"].numel()),
         "dtype": given.dtype,
+        "kernels": given.kernels,
         "device": torch.cuda.get_device_name() if given.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
     }
     print(json.dumps(result))

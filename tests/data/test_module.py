@@ -48,8 +48,9 @@ def rows_of(loader: object) -> list[list[int]]:
 
 def test_batches_are_full_int64_blocks_whose_labels_are_the_inputs(make: Make):
     batch = next(iter(make().train_dataloader()))
-    assert set(batch) == {"input_ids", "labels"}
+    assert set(batch) == {"input_ids", "labels", "scored"}
     assert batch["input_ids"].shape == (4, 64)
+    assert batch["scored"].tolist() == [place for place in range(4 * 64) if place % 64 < 63]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert batch["labels"].equal(batch["input_ids"])
     batch["labels"][0, 0] = -100

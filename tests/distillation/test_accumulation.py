@@ -20,8 +20,7 @@ def test_weighed_micro_batches_add_up_to_the_mean_over_tokens():
     weight = torch.nn.Parameter(torch.ones(()))
     window, counts, values = TokenWindow(), [3, 1, 0, 4], [2.0, 10.0, 0.0, 5.0]
     for count, value in zip(counts, values, strict=True):
-        scored = torch.arange(8) < count
-        (window.weigh(weight * value, scored) / len(counts)).backward()
+        (window.weigh(weight * value, count) / len(counts)).backward()
     window.close(len(counts), [weight])
     assert weight.grad is not None
     assert weight.grad.item() == pytest.approx((3 * 2 + 1 * 10 + 4 * 5) / 8)
@@ -30,7 +29,7 @@ def test_weighed_micro_batches_add_up_to_the_mean_over_tokens():
 def test_equal_micro_batches_are_left_to_lightning():
     weight = torch.nn.Parameter(torch.ones(()))
     window, loss = TokenWindow(), weight * 2
-    assert window.weigh(loss, torch.ones(2, 4, dtype=torch.bool)) is loss
+    assert window.weigh(loss, 8) is loss
     loss.backward()
     gradient = weight.grad
     window.close(1, [weight])
@@ -43,7 +42,7 @@ def test_ranks_meet_once_at_a_windows_start_and_once_at_its_end_whatever_is_scor
     weight, window = torch.nn.Parameter(torch.ones(())), TokenWindow()
     for _ in range(2):
         for count in (0, 5, 0):
-            (window.weigh(weight * 2, torch.arange(8) < count) / 3).backward()
+            (window.weigh(weight * 2, count) / 3).backward()
         window.close(3, [weight])
     assert met == [0.0, 5.0, 0.0, 5.0]
     assert weight.grad is not None

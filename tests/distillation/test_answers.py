@@ -75,6 +75,16 @@ def test_every_level_sees_the_same_in_packed_and_in_padded_documents(
     assert min(sums[0].values()) > 0
 
 
+@pytest.mark.parametrize("packing", ["separate", "pad", "concatenate"])
+def test_data_module_knows_what_the_objective_scores(tiny_folder: Path, chat: Path, packing: str):
+    module = data_for(tiny_folder, chat, packing=packing)
+    module.setup()
+    for batch in module.train_dataloader():
+        found = batch.pop("scored")
+        assert found.equal(objectives.scored_of(batch))
+        assert len(found) == int(objectives.scored_positions(batch).sum()) > 0
+
+
 def test_held_out_figures_are_those_of_the_answers_alone(trained: DistillationModule, tiny_folder: Path, chat: Path):
     figures = []
     for packing in ("separate", "pad"):
