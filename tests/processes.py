@@ -22,7 +22,7 @@ def python(
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_paths()])},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -30,3 +30,7 @@ def python(
     )
     assert done.returncode == status, done.stderr[-3000:]
     return done
+
+
+def _paths() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]

@@ -20,7 +20,7 @@ ROOMS = {
     "observation prefix operators concat surgery criteria gradients planners progressive greedy refit "
     "search budget within collapse shards streaming heatmaps",
     "distillation": "schedules triggers standing stages accumulation strategies randomness storing boundary faults "
-    "signals stepping divergences buckets head rows fused liger losses metrics levels kernels trained passes "
+    "signals stepping divergences buckets head rows fused losses metrics levels kernels trained passes "
     "quantized adapters teacher beginning tracing pair footprint phases beforehand objectives evaluated averaging "
     "cache fill recall sharded optim checkpoint resumable module given throughput companions guests undo merges "
     "callbacks offline forecast comparison",
@@ -46,7 +46,6 @@ LIBRARIES = {
     "distillation.head": ("torch",),
     "distillation.rows": ("torch", "triton"),
     "distillation.fused": ("torch",),
-    "distillation.liger": ("torch", "liger_kernel"),
     "distillation.losses": ("torch",),
 }
 IN_ONE_MODULE = ("datasets", "lm_eval", "matplotlib", "peft", "bitsandbytes")

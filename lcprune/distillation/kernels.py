@@ -1,7 +1,8 @@
 """Whose kernels a run computes with: torch's, or Liger's on a GPU, which are put on and taken off again.
 
-On the way through the layers Liger computes a norm, and the gate of an MLP, in one kernel each, and keeps less for the
-way back. Positions stay torch's: Liger replaces those for all models of the process.
+On the way through the layers Liger (arXiv:2410.10989) computes a norm, and the gate of an MLP, in one kernel each, and
+keeps less for the way back. Positions stay torch's: Liger replaces those for all models of the process. The loss stays
+ours: Liger's takes the teacher's probabilities whole and is slower (README, Training).
 """
 
 import sys

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lcprune.distillation import liger
 from lcprune.distillation.buckets import Buckets
 from lcprune.distillation.divergences import Divergence
 from lcprune.distillation.fused import Full, Settings, fused
@@ -55,7 +54,6 @@ def head_loss(
     logits_weight: float = 1.0,
     labels_weight: float = 0.0,
     chunk: int | None = None,
-    kernels: Literal["torch", "liger"] = "torch",
 ) -> HeadLoss:
     """Divergence from the teacher's next-token distribution, and cross-entropy, from last states and heads.
 
@@ -69,18 +67,12 @@ def head_loss(
         logits_weight: Weight of the divergence.
         labels_weight: Weight of the cross-entropy (at temperature 1).
         chunk: C; memory is proportional to C * V; default: CHUNK or GPU_CHUNK.
-        kernels: `liger` = by Liger's kernels, wherever `liger.reason_against` has no reason; on a GPU.
 
     With N = 0 every term is 0 and the gradient is 0, not missing.
     """
     formula = Divergence() if divergence is None else divergence
     settings = Settings(formula, logits_weight, labels_weight, chunk or _chunk(student_ND), _dtype(student_ND))
-    known = Full(teacher_ND.detach(), teacher)
-    asked = formula if logits_weight else None
-    if kernels == "liger" and liger.reason_against(student, asked) is None and len(targets_N):
-        total, logits, labels = liger.fused(student_ND, student, known, targets_N, settings)
-        return HeadLoss(total, logits.detach(), labels.detach(), len(targets_N))
-    return _loss(student_ND, student, known, targets_N, settings)
+    return _loss(student_ND, student, Full(teacher_ND.detach(), teacher), targets_N, settings)
 
 
 def bucket_loss(

@@ -80,7 +80,7 @@ class DistillationModule(Resumable, Stepping):
         activations: `keep` them for the backward pass, or `recompute` them layer by layer: less memory, a third more
             time (gradient checkpointing).
         compile_layers: torch.compile for every decoder layer of the student: one graph serves every depth.
-        kernels: `torch`, or on a GPU `liger`: norms, MLPs and the loss by Liger's kernels, which says what it leaves.
+        kernels: `torch`, or on a GPU `liger`: norms and MLPs of student and teacher by Liger's kernels.
         teacher_cache: Folder that `lcprune cache` has filled: what the teacher says about training batches is looked
             up there instead of computed. Validation, planning and refits run the teacher still.
     """
@@ -348,7 +348,7 @@ class DistillationModule(Resumable, Stepping):
         """One batch through teacher and student; logs every term and the depth."""
         now, lineage = self.now, self.history.lineage
         forward = self._taught(batch, now.phase.objective)
-        terms = objectives.objective(now.phase.objective, forward, lineage, now.progress, self.kernels)
+        terms = objectives.objective(now.phase.objective, forward, lineage, now.progress)
         self.losses.note(terms["loss"], batch_idx)
         size = len(batch["input_ids"])
         self.log("train/loss", terms["loss"].detach(), prog_bar=True, batch_size=size)

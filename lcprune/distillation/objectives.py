@@ -8,7 +8,6 @@ Only positions whose next token is scored (label not -100) count: padding and pr
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -164,13 +163,7 @@ def _of_kind(kind: tuple[object, ...], ancestors: Sequence[int], teacher: PreTra
     return next((index for index in ancestors if layout.kind_of(teacher.config, index) == kind), ancestors[0])
 
 
-def objective(
-    levels: Sequence[Level],
-    forward: Forward,
-    lineage: Lineage,
-    progress: float = 0.0,
-    kernels: Literal["torch", "liger"] = "torch",
-) -> dict[str, Tensor]:
+def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progress: float = 0.0) -> dict[str, Tensor]:
     """The terms by metric name, unweighted and detached, and their weighted sum as `loss` with a gradient.
 
     All are means over the scored positions of the batch.
@@ -180,7 +173,6 @@ def objective(
         forward: What `run` returned for these levels.
         lineage: Teacher layers of every student layer.
         progress: How much of the phase is over, from 0 to 1.
-        kernels: Whose compute the loss on the logits.
     """
     scored = scored_of(forward.batch)
     logits, labels = only(levels, Logits), only(levels, Labels)
@@ -188,7 +180,7 @@ def objective(
     loss = torch.zeros((), device=scored.device)
     if logits is not None or labels is not None:
         assert forward.student.last is not None
-        head = _head_loss(forward, at(scored, forward.student.last), scored, logits, labels, kernels)
+        head = _head_loss(forward, at(scored, forward.student.last), scored, logits, labels)
         loss = loss + head.total
         terms |= {"logits": head.logits} if logits is not None else {}
         terms |= {"labels": head.labels} if labels is not None else {}
@@ -213,12 +205,7 @@ def objective(
 
 
 def _head_loss(
-    forward: Forward,
-    student_ND: Tensor,
-    scored_N: Tensor,
-    logits: Logits | None,
-    labels: Labels | None,
-    kernels: Literal["torch", "liger"],
+    forward: Forward, student_ND: Tensor, scored_N: Tensor, logits: Logits | None, labels: Labels | None
 ) -> HeadLoss:
     targets_N = at(scored_N, next_tokens(forward.batch))
     logits_weight = 0.0 if logits is None else logits.weight
@@ -243,7 +230,6 @@ def _head_loss(
         divergence=None if logits is None else logits.formula,
         logits_weight=logits_weight,
         labels_weight=labels_weight,
-        kernels=kernels,
     )
 
 

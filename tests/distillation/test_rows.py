@@ -41,7 +41,7 @@ def test_kernel_is_the_formula_in_value_and_gradient(kind: Kind, dtype: torch.dt
     torch.testing.assert_close(nats_C.double(), nats, rtol=1e-4, atol=1e-5)
     near = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(student_CV.double(), gradient, rtol=near, atol=1e-6)
-    assert value_C[0] == pytest.approx(0, abs=1e-6)
+    assert value_C[0].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_tokens_that_are_certain_have_finite_values_and_gradients():
