@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -73,15 +74,31 @@ def elsewhere(name: str, work: Work, environment: Mapping[str, str]) -> Mapping[
 def race(
     names: Sequence[str], work: Work, rounds: int, environment: Mapping[str, str] | None = None
 ) -> tuple[list[Round], dict[str, str]]:
-    """All in turn, round by round; those that failed once are left out from then on."""
+    """All in turn, round by round; those that failed once are left out from then on.
+
+    Ctrl-C (`timeout -s INT`) ends it with what there is.
+    """
     results: list[Round] = []
     failed: dict[str, str] = {}
+    with suppress(KeyboardInterrupt):
+        _race(names, work, rounds, environment or {}, results, failed)
+    return results, failed
+
+
+def _race(
+    names: Sequence[str],
+    work: Work,
+    rounds: int,
+    environment: Mapping[str, str],
+    results: list[Round],
+    failed: dict[str, str],
+) -> None:
     for number in range(rounds):
         results.append({})
         for name in names:
             if name in failed:
                 continue
-            outcome = elsewhere(name, work, environment or {})
+            outcome = elsewhere(name, work, environment)
             if isinstance(outcome, str):
                 failed[name] = outcome
                 print(f"{name}: {outcome}", flush=True)
@@ -89,7 +106,6 @@ def race(
                 results[-1][name] = outcome
                 seconds, memory = outcome["seconds"], outcome["memory_mb"]
                 print(f"round {number + 1}  {name:18s} {seconds:9.4f} s {memory:9.1f} MB", flush=True)
-    return results, failed
 
 
 def ratio(rounds: Sequence[Round], name: str, figure: str) -> float | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import contestants, peers, shapes, step
+from tests.benchmarks import contestants, loss_speed, peers, shapes, step
 
 TINY = ["--layers", "10", "--hidden", "64", "--vocabulary", "512", "--block-size", "16", "--device", "cpu"]
 
@@ -16,6 +16,14 @@ def test_step_prints_its_three_figures_last(capsys: pytest.CaptureFixture[str]):
     for name in ("overhead_ratio", "after_merge_speedup", "local_speedup"):
         assert result[name] > 0
     assert (result["merged"], result["tokens"], result["dtype"]) == ("2 pairs from layer 4", 32, "bfloat16")
+
+
+def test_loss_speed_prints_every_form_that_a_cpu_computes(capsys: pytest.CaptureFixture[str]):
+    sizes = ["--tokens", "40", "--vocabulary", "99", "--hidden", "16"]
+    loss_speed.main([*sizes, "--repeats", "1", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["operations"]) == {"256", "1024"}
+    assert result["operations"]["256"]["ms"] > 0
 
 
 def test_sizes_of_a_model_that_is_not_random_are_refused(capsys: pytest.CaptureFixture[str]):
