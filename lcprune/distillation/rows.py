@@ -35,23 +35,24 @@ def value_and_gradient(
     """
     assert logits_CV.stride(1) == teacher_CV.stride(1) == 1
     value_C, nats_C = torch.empty((2, len(logits_CV)), dtype=torch.float32, device=logits_CV.device)
-    _row[(len(logits_CV),)](
-        logits_CV,
-        teacher_CV,
-        targets_C,
-        value_C,
-        nats_C,
-        logits_CV.stride(0),
-        teacher_CV.stride(0),
-        logits_CV.shape[1],
-        1 / divergence.temperature,
-        divergence.share,
-        weights.divergence,
-        weights.softmax,
-        KIND=KINDS.index(divergence.kind),
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(logits_CV):  # Triton launches on the current device
+        _row[(len(logits_CV),)](
+            logits_CV,
+            teacher_CV,
+            targets_C,
+            value_C,
+            nats_C,
+            logits_CV.stride(0),
+            teacher_CV.stride(0),
+            logits_CV.shape[1],
+            1 / divergence.temperature,
+            divergence.share,
+            weights.divergence,
+            weights.softmax,
+            KIND=KINDS.index(divergence.kind),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
     return value_C, nats_C
 
 
