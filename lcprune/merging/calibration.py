@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PretrainedConfig, PreTrainedModel
@@ -37,7 +38,8 @@ Hook = Callable[[nn.Module, tuple[object, ...], Tensor | tuple[Tensor, ...]], No
 HEAD_CHUNK = 1024
 """Tokens whose logits exist at once when a loss is measured."""
 
-UNPACKABLE = ("bloom", "opt")
+_MASKS_FALCON = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+UNPACKABLE = ("bloom", "opt") if _MASKS_FALCON else ("bloom", "opt", "falcon")
 """Families whose attention in transformers does not look at position ids: documents in a row would see each other."""
 
 HEAD_FIELDS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -189,7 +191,7 @@ def check_packable(config: PretrainedConfig, rows: int) -> None:
     if config.model_type in UNPACKABLE:
         raise InputError(
             f"data.packing=separate: attention of the family {config.model_type!r} cannot keep documents of one block "
-            "apart in transformers: set data.packing to pad, or to concatenate."
+            f"apart in transformers {transformers.__version__}: set data.packing to pad, or to concatenate."
         )
     attention = getattr(config, "_attn_implementation", None) or ""
     if "flash" in attention and rows > 1:
