@@ -6,7 +6,9 @@ nothing of the head's size is held beside it. Legend: `N` tokens, `C` tokens of 
 `R` rank of an adapter.
 """
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -59,7 +61,28 @@ def computes_by_rows(device: torch.device, teacher: Full | Buckets, settings: Se
     """Whether one kernel per token makes value and gradient (rows.py), instead of operations on whole chunks."""
     apart = settings.labels_weight != 0 and settings.divergence.temperature != 1  # two softmaxes of the same logits
     known = isinstance(teacher, Full) and settings.divergence_weight != 0 and settings.dtype != torch.float64
-    return device.type == "cuda" and known and not apart and find_spec("triton") is not None
+    return device.type == "cuda" and known and not apart and _has_kernel(device)
+
+
+@cache
+def _has_kernel(device: torch.device) -> bool:
+    """Whether Triton is there and runs on this device: it needs a compiler for C, and a card that is not too old."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        from lcprune.distillation import rows
+
+        both = torch.zeros((2, 1, 2), device=device)
+        targets = torch.zeros(1, dtype=torch.long, device=device)
+        value_C, _ = rows.value_and_gradient(both[0], both[1], targets, Divergence(), Weights(1))
+        return value_C.item() == 0
+    except Exception as error:  # whatever a compiler, a driver or a card says
+        warnings.warn(
+            f"Triton does not run on this GPU ({type(error).__name__}: {error}): the loss is computed by torch's "
+            "operations, slower and with more memory",
+            stacklevel=2,
+        )
+        return False
 
 
 class _FusedHead(torch.autograd.Function):

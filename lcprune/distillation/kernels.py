@@ -37,6 +37,13 @@ def check(kernels: Kernels, config: PretrainedConfig, device: torch.device) -> N
             f"model.kernels=liger has no kernels for model_type={config.model_type!r}, only for "
             f"{', '.join(FAMILIES)}: set model.kernels: torch."
         )
+    gate = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    gates = ("gelu_pytorch_tanh",) if config.model_type.startswith("gemma") else ("silu", "swish")
+    if gate not in gates:
+        raise InputError(
+            f"model.kernels=liger computes {config.model_type} with {' or '.join(gates)}, and this model has {gate}: "
+            "set model.kernels: torch."
+        )
     if find_spec("liger_kernel") is None:
         raise InputError("model.kernels=liger needs liger-kernel: pip install 'lcprune[liger]', or set torch.")
     if device.type != "cuda":

@@ -77,8 +77,7 @@ class DistillationModule(Resumable, Stepping):
             `int8` and `nf4` pack its layers into 8 and 4 bit.
         optimizer: Makes the optimizer from the trained parameters.
         lr_scheduler: Makes the scheduler, stepped after every optimizer step; RewarmingCosine warms up after merges.
-        activations: `keep` them for the backward pass, or `recompute` them layer by layer: less memory, a third more
-            time (gradient checkpointing).
+        activations: `keep` them for the way back, or `recompute` them: less memory, a third more time.
         compile_layers: torch.compile for every decoder layer of the student: one graph serves every depth.
         kernels: `torch`, or on a GPU `liger`: norms and MLPs of student and teacher by Liger's kernels.
         teacher_cache: Folder that `lcprune cache` has filled: what the teacher says about training batches is looked
@@ -145,7 +144,7 @@ class DistillationModule(Resumable, Stepping):
         self.activations = activations
         self.compile_layers = compile_layers
         self.kernels: Kernels = kernels
-        self._take_off_kernels: Callable[[], None] = lambda: None
+        self._take_off_kernels: list[Callable[[], None]] = []
         self.teacher_cache = None if teacher_cache is None else Path(teacher_cache).expanduser()
         self.cache: TeacherCache | None = None
         self._config: PretrainedConfig | None = None
@@ -200,7 +199,6 @@ class DistillationModule(Resumable, Stepping):
         self.check_sharding(self.trainer)
         if stage == "fit":
             beforehand.try_out(self.make_optimizer, self.make_scheduler)
-            kernels_room.check(self.kernels, self.teacher_config, self.trainer.strategy.root_device)
             beforehand.check_strategy(self.trainer.strategy, self.phases, self.train_usually)
             averaging.check(self.trainer, [phase.trained(self.train_usually) for phase in self.phases])
             self.open_cache()
@@ -235,13 +233,14 @@ class DistillationModule(Resumable, Stepping):
         if self.teacher is not None:
             if not sharded.is_sharded(self.teacher.model):
                 self.teacher.model.to(device)  # type: ignore[arg-type]
-            return
+            return self._put_on_kernels()
         sharding = self._trainer is not None and is_sharding(self._trainer.strategy)
         if sharding:
             device = torch.device("cpu")  # no device need hold a whole model
         layout = layout_of(self.teacher_config)
         if self.lora is not None:
             self.lora.check(self.teacher_config)
+        kernels_room.check(self.kernels, self.teacher_config, device)
         model, student = self.load_models(device)
         if sharding:
             self._resume_depth(student)
@@ -256,14 +255,17 @@ class DistillationModule(Resumable, Stepping):
                 layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
         self.teacher = Teacher(model)
         self.student = student
-        if self.kernels == "liger":
-            self._take_off_kernels = kernels_room.put_on(model, student)
+        self._put_on_kernels()
         if sharding:
             assert self.device_mesh is not None
             for each in (model, student):
                 sharded.shard(each, self.device_mesh["data_parallel"])
             self._prefix_is_original = False  # the two share no layer
         self.choose_trained()
+
+    def _put_on_kernels(self) -> None:
+        if self.kernels == "liger" and not self._take_off_kernels:
+            self._take_off_kernels.append(kernels_room.put_on(self.original, self.student))
 
     @property
     def original(self) -> PreTrainedModel:
@@ -392,6 +394,7 @@ class DistillationModule(Resumable, Stepping):
 
     def teardown(self, stage: str) -> None:
         """Lets the trainer's device memory go: the teacher moves to the CPU with the student, in torch's kernels."""
-        self._take_off_kernels()
+        while self._take_off_kernels:
+            self._take_off_kernels.pop()()
         if self.teacher is not None and not sharded.is_sharded(self.teacher.model):
             self.teacher.model.to("cpu")

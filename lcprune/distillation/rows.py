@@ -23,13 +23,13 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Every token's divergence [C] and cross-entropy [C]; the gradient of their weighted sum replaces the logits.
 
-    As in divergences.py, the value does not know the factor temperature**2, nor the gradient dy/dz = 1 / temperature.
-    The gradient holds the cross-entropy's whole, which is meant for temperature 1.
+    Logits that are no numbers give NaN. As in divergences.py, the value does not know the factor temperature**2, nor
+    the gradient dy/dz = 1 / temperature. The gradient holds the cross-entropy's whole, which is meant for temperature 1.
 
     Args:
         logits_CV: The student's, contiguous rows; overwritten.
         teacher_CV: The teacher's, likewise.
-        targets_C: Next tokens.
+        targets_C: Next tokens; the cross-entropy of one outside of the vocabulary is NaN.
         divergence: Which one; its temperature divides the logits.
         weights: Factors of the divergence and of the cross-entropy.
     """
@@ -39,7 +39,7 @@ def value_and_gradient(
         _row[(len(logits_CV),)](
             logits_CV,
             teacher_CV,
-            targets_C,
+            targets_C.contiguous(),
             value_C,
             nats_C,
             logits_CV.stride(0),
@@ -94,9 +94,12 @@ def _row(  # type: ignore[no-untyped-def]
     student += row * student_stride
     teacher += row * teacher_stride
     target = tl.load(targets + row)
+    # Before the sums over all threads: none of them overwrites it until all have come to those.
+    known = (target >= 0) & (target < size)
+    at_target = tl.load(student + target, mask=known, other=float("nan")).to(tl.float32) * scale
     norm_q = _normaliser(student, size, scale, BLOCK)
     norm_p = _normaliser(teacher, size, scale, BLOCK)
-    tl.store(nats + row, norm_q - tl.load(student + target).to(tl.float32) * scale)
+    tl.store(nats + row, norm_q - at_target)
     tiny = 1.1754943508222875e-38
     value_B = tl.zeros((BLOCK,), tl.float32)
     mean_B = tl.zeros((BLOCK,), tl.float32)
@@ -144,4 +147,7 @@ def _row(  # type: ignore[no-untyped-def]
         value = mean
     if KIND == 2:
         value = share * value + (1 - share) * mean
-    tl.store(values + row, tl.maximum(value, 0.0))
+    # Not by maximum, which makes a number of NaN; the sums lose it too, the normalisers do not.
+    value = tl.where(value < 0, 0.0, value)
+    both = norm_q + norm_p
+    tl.store(values + row, tl.where(both - both == 0, value, float("nan")))

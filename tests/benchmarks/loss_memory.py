@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lcprune.distillation.divergences import KINDS, Divergence
 from lcprune.distillation.head import Head
-from lcprune.distillation.losses import CHUNK, GPU_CHUNK, head_loss
+from lcprune.distillation.losses import CHUNK, ROWS_CHUNK, head_loss
 from tests.benchmarks.memory import resident
 
 MB = 2**20
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument(
-        "--chunk", type=int, help=f"tokens whose logits ours holds; default: {CHUNK}, on GPUs {GPU_CHUNK}"
+        "--chunk", type=int, help=f"tokens whose logits ours holds; default: {CHUNK}, on GPUs {ROWS_CHUNK}"
     )
     parser.add_argument("--divergence", choices=KINDS, default="forward_kl")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

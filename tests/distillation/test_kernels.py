@@ -1,5 +1,6 @@
 """Liger's kernels compute what torch's do, and leave no trace; those marked `gpu` need liger-kernel beside a GPU."""
 
+import pickle
 import sys
 from pathlib import Path
 
@@ -31,6 +32,17 @@ def test_liger_is_refused_where_it_cannot_compute(
     with pytest.raises(InputError, match=expected):
         kernels.check("liger", config, torch.device(device))
     kernels.check("torch", config, torch.device(device))
+
+
+def test_model_whose_activation_liger_does_not_compute_is_refused():
+    config = builders.tiny_config()
+    config.hidden_act = "relu"
+    with pytest.raises(InputError, match="with silu or swish, and this model has relu: set"):
+        kernels.check("liger", config, torch.device("cuda"))
+
+
+def test_module_can_be_handed_to_another_process(tiny_folder: Path):
+    assert pickle.loads(pickle.dumps(runs.student_of(tiny_folder))).kernels == "torch"
 
 
 def test_run_with_liger_on_a_cpu_is_refused_before_weights_are_loaded(

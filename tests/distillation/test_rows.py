@@ -56,6 +56,30 @@ def test_tokens_that_are_certain_have_finite_values_and_gradients():
         assert student_CV.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_not_hidden(kind: Kind, wrong: float):
+    rows = pytest.importorskip("lcprune.distillation.rows")
+    for side in (0, 1):
+        both = torch.stack([_logits(0, torch.float32), _logits(1, torch.float32)])
+        both[side, 2, 100] = wrong
+        targets_C = torch.zeros(C, dtype=torch.long, device=DEVICE)
+        value_C, _ = rows.value_and_gradient(both[0], both[1], targets_C, Divergence(kind), Weights(1.0))
+        assert value_C.isnan().tolist() == [row == 2 for row in range(C)]
+
+
+def test_targets_are_read_where_they_are_and_one_outside_is_no_number():
+    rows = pytest.importorskip("lcprune.distillation.rows")
+    student_CV, targets = _logits(0, torch.float32), torch.arange(2 * C, device=DEVICE).view(C, 2) * 300
+    expected = cross_entropy(student_CV, targets[:, 1], reduction="none")
+    targets[3, 1] = -100
+    _, nats_C = rows.value_and_gradient(
+        student_CV, _logits(1, torch.float32), targets[:, 1], Divergence(), Weights(1.0)
+    )
+    assert nats_C.isnan().tolist() == [row == 3 for row in range(C)]
+    torch.testing.assert_close(nats_C[:3], expected[:3])
+
+
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
     "capped": {"cap": 5.0, "scale": 0.5},
