@@ -39,7 +39,6 @@ from lcprune.distillation.boundary import StepBoundary
 from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
 from lcprune.distillation.checkpoint import Fingerprint, fingerprint_of
 from lcprune.distillation.faults import LossWatch
-from lcprune.distillation.kernels import KERNELS, Kernels
 from lcprune.distillation.levels import Level, Logits
 from lcprune.distillation.optim import Rewarming
 from lcprune.distillation.pair import TRUE
@@ -100,7 +99,7 @@ class DistillationModule(Resumable, Stepping):
         lr_scheduler: LRSchedulerCallable | None = None,
         activations: Literal["keep", "recompute"] = "keep",
         compile_layers: bool = False,
-        kernels: Kernels = "torch",
+        kernels: kernels_room.Kernels = "torch",
         teacher_cache: Path | None = None,
     ) -> None:
         super().__init__()
@@ -110,7 +109,7 @@ class DistillationModule(Resumable, Stepping):
             "teacher_dtype": (teacher_dtype, TEACHER_DTYPES),
             "phases_begin": (phases_begin, ("run", "merge")),
             "activations": (activations, ("keep", "recompute")),
-            "kernels": (kernels, KERNELS),
+            "kernels": (kernels, kernels_room.KERNELS),
         }
         wrong = [
             f"{name}={value!r} must be one of {', '.join(values)}"
@@ -143,7 +142,7 @@ class DistillationModule(Resumable, Stepping):
         self.make_scheduler = lr_scheduler
         self.activations = activations
         self.compile_layers = compile_layers
-        self.kernels: Kernels = kernels
+        self.kernels: kernels_room.Kernels = kernels
         self._take_off_kernels: list[Callable[[], None]] = []
         self.teacher_cache = None if teacher_cache is None else Path(teacher_cache).expanduser()
         self.cache: TeacherCache | None = None
@@ -233,7 +232,8 @@ class DistillationModule(Resumable, Stepping):
         if self.teacher is not None:
             if not sharded.is_sharded(self.teacher.model):
                 self.teacher.model.to(device)  # type: ignore[arg-type]
-            return self._put_on_kernels()
+            self._put_on_kernels()
+            return
         sharding = self._trainer is not None and is_sharding(self._trainer.strategy)
         if sharding:
             device = torch.device("cpu")  # no device need hold a whole model

@@ -24,7 +24,7 @@ def value_and_gradient(
     """Every token's divergence [C] and cross-entropy [C]; the gradient of their weighted sum replaces the logits.
 
     Logits that are no numbers give NaN. As in divergences.py, the value does not know the factor temperature**2, nor
-    the gradient dy/dz = 1 / temperature. The gradient holds the cross-entropy's whole, which is meant for temperature 1.
+    the gradient dy/dz = 1 / temperature. The gradient holds all of the cross-entropy's, meant for temperature 1.
 
     Args:
         logits_CV: The student's, contiguous rows; overwritten.
