@@ -36,6 +36,7 @@ from lcprune.delivery.export import RECIPE, check_target, export
 from lcprune.delivery.figures import Figures, model_figures, throughput
 from lcprune.delivery.runs import FIGURES, STUDENT
 from lcprune.distillation import adapters, checkpoint, sharded
+from lcprune.distillation.beforehand import say_if_slow
 from lcprune.distillation.callbacks import ProgressiveCollapse, measure
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F401 - short names in recipes
@@ -174,6 +175,12 @@ class RecipeCLI(LightningCLI):
         self._check_model()
         collapse_of(self).check(self.trainer, self.model)
         self.model.open_cache()
+        if str(self.trainer.precision).startswith("bf16"):
+            say_if_slow(
+                self.trainer.strategy.root_device,
+                f"trainer.precision={self.trainer.precision}",
+                "--trainer.precision 32-true",
+            )
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to)
         self.trainer.callbacks.append(SaveOnSignal())  # type: ignore[attr-defined]  # behind Lightning's own

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -156,10 +156,7 @@ def check_trains(phases: Sequence[Phase], usually: Trained, lineage: Lineage, fi
     for phase in phases:
         what = phase.trained(usually)
         if step < first_merge and not trained_layers(what, lineage):
-            raise InputError(
-                f"train={what} trains nothing before the first merge, from step {step} on: merge at step 0 "
-                "(collapse.schedule.first: 0), or train all or layers until then."
-            )
+            raise _nothing_yet(what, f", from step {step} on")
         step += phase.steps or 0
 
 
@@ -182,8 +179,12 @@ def check_trained(what: Trained, lineage: Lineage, refused: Sequence[int]) -> No
             "raise collapse.max_perplexity_jump, merge more gently (collapse.refit, fewer layers at a time), or train "
             "all or layers."
         )
-    raise InputError(
-        f"train={what} trains nothing before the first merge: merge at step 0 (collapse.schedule.first: 0), or "
+    raise _nothing_yet(what)
+
+
+def _nothing_yet(what: Trained, since: str = "") -> InputError:
+    return InputError(
+        f"train={what} trains nothing before the first merge{since}: merge at step 0 (collapse.schedule.first: 0), or "
         "train all or layers until then."
     )
 
@@ -216,4 +217,19 @@ def warn_of_tokens(last: int, read: int, steps: float) -> None:
         rank_zero_warn(
             f"collapse.schedule: this run reads about {read * steps:.0f} tokens ({read} a step), and the last merge is "
             f"due at token {last}: merge earlier, or train longer"
+        )
+
+
+def say_if_slow(device: torch.device, setting: str, instead: str) -> None:
+    """Says so where products in bfloat16 have no instructions of their own: they take several times as long.
+
+    Args:
+        device: Where they are computed.
+        setting: What asks for bfloat16, as the user would write it.
+        instead: What to write for float32.
+    """
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        rank_zero_info(
+            f"{setting}: this CPU has no instructions for bfloat16 and takes several times as long as in float32: "
+            f"{instead} is faster here"
         )
