@@ -18,8 +18,8 @@ from torch import Tensor
 from lcprune import identity
 from lcprune.distillation.buckets import Buckets, top
 from lcprune.distillation.cache import KEY_BYTES, MANIFEST, Manifest, Origin, Shard, batch_of, is_whole, keys_of
+from lcprune.distillation.fused import CHUNK
 from lcprune.distillation.head import Head
-from lcprune.distillation.losses import CHUNK
 from lcprune.distillation.passes import Wanted
 from lcprune.distillation.teacher import Teacher
 from lcprune.errors import InputError

@@ -24,8 +24,8 @@ from torch.nn import Parameter
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lcprune.distillation.adapters import Lora
+from lcprune.distillation.fused import CHUNK
 from lcprune.distillation.levels import Boundary, Labels, Level, Local, Logits, only
-from lcprune.distillation.losses import CHUNK
 from lcprune.distillation.pair import Storage
 from lcprune.distillation.quantized import BLOCK
 from lcprune.distillation.teacher import DtypeName

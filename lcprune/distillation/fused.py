@@ -19,6 +19,10 @@ from lcprune.distillation.buckets import Buckets
 from lcprune.distillation.divergences import Chunk, Divergence, Weights, value_and_gradient
 from lcprune.distillation.head import Head
 
+CHUNK = 256
+"""Tokens whose logits exist at once; on CPUs 256 is as fast as 512 and 1024, and 128 is slower."""
+ROWS_CHUNK = 1024
+"""The same by rows.py on GPUs: it needs fewer buffers, and every chunk costs a pass over the gradient of W."""
 _ADDS_WIDER = "dtype_out" in torch.ops.aten.addmm.overloads()
 """Whether this torch adds products of 16 bits to sums of 32 without a temporary, as it does on CUDA from 2.8 on."""
 
@@ -33,8 +37,8 @@ class Settings:
     """Its factor; 0 = the teacher's logits are not even computed."""
     labels_weight: float
     """Factor of the cross-entropy."""
-    chunk: int
-    """C; memory is proportional to C * V."""
+    chunk: int | None
+    """C; memory is proportional to C * V; None = ROWS_CHUNK where rows.py computes, else CHUNK."""
     dtype: torch.dtype
     """What the matrix products are computed in; all else is float32, or float64 where this is."""
 
@@ -91,24 +95,23 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_ND, weight, bias, down, up, student, teacher, targets_N, settings):  # type: ignore[no-untyped-def]
         student_low, teacher = student.detach().to(settings.dtype), _in(settings.dtype, teacher)
-        scratch = _Scratch(min(settings.chunk, max(len(targets_N), 1)), student.weight_VD, settings.dtype)
         by_rows = computes_by_rows(student_ND.device, teacher, settings)
+        make_logits, taught = (_Scratch.product, _row_by_row) if by_rows else (_Scratch.logits, _taught)
+        chunk = settings.chunk or (ROWS_CHUNK if by_rows else CHUNK)
+        scratch = _Scratch(min(chunk, max(len(targets_N), 1)), student.weight_VD, settings.dtype)
         gradients = _Gradients(student_ND, student_low, ctx.needs_input_grad[:5], scratch.dtype)
         teach = torch.zeros((), dtype=scratch.dtype, device=student_ND.device)
         ce = torch.zeros_like(teach)
-        for begin in range(0, len(targets_N), settings.chunk):
-            part = slice(begin, begin + settings.chunk)
+        for begin in range(0, len(targets_N), chunk):
+            part = slice(begin, begin + chunk)
             states_CD = student_ND[part].to(settings.dtype)
-            logits_CV = (scratch.product if by_rows else scratch.logits)(0, states_CD, student_low)
+            logits_CV = make_logits(scratch, 0, states_CD, student_low)
             slope_CV = scratch.slope(logits_CV, student.cap)
-            chunk_teach = torch.zeros_like(teach)
-            if by_rows:
-                chunk_teach, chunk_ce, grad_CV = _row_by_row(logits_CV, teacher, part, targets_N, settings, scratch)
-            elif settings.divergence_weight:
-                chunk_teach, chunk_ce, grad_CV = _taught(logits_CV, teacher, part, targets_N[part], settings, scratch)
+            if settings.divergence_weight:
+                chunk_teach, chunk_ce, grad_CV = taught(logits_CV, teacher, part, targets_N[part], settings, scratch)
+                teach += chunk_teach
             else:
                 chunk_ce, grad_CV = _cross_entropy(logits_CV, targets_N[part], settings.labels_weight, scratch)
-            teach += chunk_teach
             ce += chunk_ce
             if slope_CV is not None:
                 grad_CV *= slope_CV
@@ -245,7 +248,7 @@ def _in(dtype: torch.dtype, teacher: Full | Buckets) -> Full | Buckets:
 
 
 def _row_by_row(
-    logits_CV: Tensor, teacher: Full, part: slice, targets_N: Tensor, settings: Settings, scratch: _Scratch
+    logits_CV: Tensor, teacher: Full, part: slice, targets_C: Tensor, settings: Settings, scratch: _Scratch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_taught`, by a kernel per token; the gradient replaces the logits."""
     from lcprune.distillation import rows  # triton comes with torch for GPUs alone
@@ -253,7 +256,7 @@ def _row_by_row(
     teacher_CV = scratch.product(1, teacher.states_ND[part].to(settings.dtype), teacher.head)
     temperature = settings.divergence.temperature
     weights = Weights(settings.divergence_weight * temperature, settings.labels_weight)
-    value_C, nats_C = rows.value_and_gradient(logits_CV, teacher_CV, targets_N[part], settings.divergence, weights)
+    value_C, nats_C = rows.value_and_gradient(logits_CV, teacher_CV, targets_C, settings.divergence, weights)
     ce = nats_C.sum() if settings.labels_weight else torch.zeros_like(value_C[0])
     return value_C.sum() * temperature**2, ce, logits_CV
 

@@ -8,7 +8,7 @@
 formulas. Legend: `N` scored tokens, `C` tokens of a chunk, `D` hidden, `V` vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,13 +17,8 @@ from torch.nn.functional import cosine_similarity
 
 from lcprune.distillation.buckets import Buckets
 from lcprune.distillation.divergences import Divergence
-from lcprune.distillation.fused import Full, Settings, computes_by_rows, fused
+from lcprune.distillation.fused import Full, Settings, fused
 from lcprune.distillation.head import Head
-
-CHUNK = 256
-"""Tokens whose logits exist at once; on CPUs 256 is as fast as 512 and 1024, and 128 is slower."""
-ROWS_CHUNK = 1024
-"""The same by rows.py on GPUs: it needs fewer buffers, and every chunk costs a pass over the gradient of W."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +61,13 @@ def head_loss(
         divergence: Which one, at which temperature; default: forward KL at 1.
         logits_weight: Weight of the divergence.
         labels_weight: Weight of the cross-entropy (at temperature 1).
-        chunk: C; memory is proportional to C * V; default: CHUNK, or by rows.py ROWS_CHUNK.
+        chunk: C; memory is proportional to C * V; default: fused.CHUNK, or by rows.py fused.ROWS_CHUNK.
 
     With N = 0 every term is 0 and the gradient is 0, not missing.
     """
     formula = Divergence() if divergence is None else divergence
-    settings = Settings(formula, logits_weight, labels_weight, chunk or CHUNK, _dtype(student_ND))
-    known = Full(teacher_ND.detach(), teacher)
-    if chunk is None and computes_by_rows(student_ND.device, known, settings):
-        settings = replace(settings, chunk=ROWS_CHUNK)
-    return _loss(student_ND, student, known, targets_N, settings)
+    settings = Settings(formula, logits_weight, labels_weight, chunk, _dtype(student_ND))
+    return _loss(student_ND, student, Full(teacher_ND.detach(), teacher), targets_N, settings)
 
 
 def bucket_loss(
@@ -97,9 +89,9 @@ def bucket_loss(
         targets_N: Next token at every position.
         logits_weight: Weight of the divergence.
         labels_weight: Weight of the cross-entropy.
-        chunk: C; memory is proportional to C * V; default: CHUNK.
+        chunk: C; memory is proportional to C * V; default: fused.CHUNK.
     """
-    settings = Settings(Divergence(), logits_weight, labels_weight, chunk or CHUNK, _dtype(student_ND))
+    settings = Settings(Divergence(), logits_weight, labels_weight, chunk, _dtype(student_ND))
     return _loss(student_ND, student, teacher, targets_N, settings)
 
 

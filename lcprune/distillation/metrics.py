@@ -12,8 +12,8 @@ from torch.nn import Module
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
+from lcprune.distillation.fused import CHUNK
 from lcprune.distillation.head import Head
-from lcprune.distillation.losses import CHUNK
 from lcprune.merging.criteria import perplexity
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcprune.distillation.divergences import KINDS, Divergence, Weights
+from lcprune.distillation.divergences import Divergence, Weights
 
 BLOCK = 4096
 """Entries of a row that are worked on at once."""
@@ -49,7 +49,7 @@ def value_and_gradient(
             divergence.share,
             weights.divergence,
             weights.softmax,
-            KIND=KINDS.index(divergence.kind),
+            KIND=divergence.kind,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
@@ -71,6 +71,14 @@ def _normaliser(logits, size, scale, BLOCK: tl.constexpr):  # type: ignore[no-un
         top_B = higher_B
     top = tl.max(top_B, 0)
     return top + tl.log(tl.sum(sum_B * tl.exp(top_B - top), 0))
+
+
+@triton.jit
+def _probabilities(logits, place_B, size, scale, norm):  # type: ignore[no-untyped-def]
+    """Log-probabilities at some places of a row, and probabilities, which are 0 behind its end."""
+    inside_B = place_B < size
+    log_B = tl.load(logits + place_B, mask=inside_B, other=0.0).to(tl.float32) * scale - norm
+    return log_B, tl.where(inside_B, tl.exp(log_B), 0.0)
 
 
 @triton.jit
@@ -103,49 +111,43 @@ def _row(  # type: ignore[no-untyped-def]
     tiny = 1.1754943508222875e-38
     value_B = tl.zeros((BLOCK,), tl.float32)
     mean_B = tl.zeros((BLOCK,), tl.float32)
-    if KIND != 0:
+    if KIND != "forward_kl":
         for begin in range(0, size, BLOCK):
             place_B = begin + tl.arange(0, BLOCK)
-            inside_B = place_B < size
-            log_q_B = tl.load(student + place_B, mask=inside_B, other=0.0).to(tl.float32) * scale - norm_q
-            log_p_B = tl.load(teacher + place_B, mask=inside_B, other=0.0).to(tl.float32) * scale - norm_p
-            q_B = tl.where(inside_B, tl.exp(log_q_B), 0.0)
-            p_B = tl.where(inside_B, tl.exp(log_p_B), 0.0)
-            if KIND == 1:  # reverse_kl
+            log_q_B, q_B = _probabilities(student, place_B, size, scale, norm_q)
+            log_p_B, p_B = _probabilities(teacher, place_B, size, scale, norm_p)
+            if KIND == "reverse_kl":
                 mean_B += q_B * (log_q_B - log_p_B)
             else:
                 m_B = tl.maximum(q_B + share * (p_B - q_B), tiny)
-                if KIND == 2:  # jsd
+                if KIND == "jsd":
                     mean_B += q_B * tl.log(tl.maximum(q_B / m_B, tiny))
                     value_B += p_B * tl.log(tl.maximum(p_B / m_B, tiny))
-                else:  # skew_kl
+                else:
                     mean_B += q_B * (p_B / m_B)
                     value_B += p_B * tl.log(tl.maximum(p_B / m_B, tiny))
     mean = tl.sum(mean_B, 0)
     for begin in range(0, size, BLOCK):
         place_B = begin + tl.arange(0, BLOCK)
-        inside_B = place_B < size
-        log_q_B = tl.load(student + place_B, mask=inside_B, other=0.0).to(tl.float32) * scale - norm_q
-        log_p_B = tl.load(teacher + place_B, mask=inside_B, other=0.0).to(tl.float32) * scale - norm_p
-        q_B = tl.where(inside_B, tl.exp(log_q_B), 0.0)
-        p_B = tl.where(inside_B, tl.exp(log_p_B), 0.0)
-        if KIND == 0:  # forward_kl
+        log_q_B, q_B = _probabilities(student, place_B, size, scale, norm_q)
+        log_p_B, p_B = _probabilities(teacher, place_B, size, scale, norm_p)
+        if KIND == "forward_kl":
             value_B += p_B * (log_p_B - log_q_B)
             slope_B = q_B - p_B
-        elif KIND == 1:
+        elif KIND == "reverse_kl":
             slope_B = q_B * (log_q_B - log_p_B - mean)
         else:
             m_B = tl.maximum(q_B + share * (p_B - q_B), tiny)
-            if KIND == 2:
+            if KIND == "jsd":
                 slope_B = (1 - share) * q_B * (tl.log(tl.maximum(q_B / m_B, tiny)) - mean)
             else:
                 slope_B = (share - 1) * q_B * (p_B / m_B - mean)
         gradient_B = weight * slope_B + softmax * (q_B - tl.where(place_B == target, 1.0, 0.0))
-        tl.store(student + place_B, gradient_B, mask=inside_B)
+        tl.store(student + place_B, gradient_B, mask=place_B < size)
     value = tl.sum(value_B, 0)
-    if KIND == 1:
+    if KIND == "reverse_kl":
         value = mean
-    if KIND == 2:
+    if KIND == "jsd":
         value = share * value + (1 - share) * mean
     # Not by maximum, which makes a number of NaN; the sums lose it too, the normalisers do not.
     value = tl.where(value < 0, 0.0, value)

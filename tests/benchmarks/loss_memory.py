@@ -22,8 +22,9 @@ from torch.nn.functional import cross_entropy, kl_div
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lcprune.distillation.divergences import KINDS, Divergence
+from lcprune.distillation.fused import CHUNK, ROWS_CHUNK
 from lcprune.distillation.head import Head
-from lcprune.distillation.losses import CHUNK, ROWS_CHUNK, head_loss
+from lcprune.distillation.losses import head_loss
 from tests.benchmarks.memory import resident
 
 MB = 2**20

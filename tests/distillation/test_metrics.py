@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from lcprune.distillation.fused import CHUNK
 from lcprune.distillation.head import Head
-from lcprune.distillation.losses import CHUNK
 from lcprune.distillation.metrics import HeldOut
 
 
