@@ -22,7 +22,7 @@ def python(
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_paths()])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -30,7 +30,3 @@ def python(
     )
     assert done.returncode == status, done.stderr[-3000:]
     return done
-
-
-def _paths() -> list[str]:
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]

@@ -18,8 +18,12 @@ from lcprune.errors import InputError
 
 Kernels = Literal["torch", "liger"]
 KERNELS: tuple[Kernels, ...] = get_args(Kernels)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3")
-"""Those of ours that Liger has kernels for; experts are left out."""
+_SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
+FAMILIES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3"), _SILU),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _GELU),
+}
+"""Those of ours that Liger has kernels for -> the activations that it computes them with; experts are left out."""
 
 
 def check(kernels: Kernels, config: PretrainedConfig, device: torch.device) -> None:
@@ -38,7 +42,7 @@ def check(kernels: Kernels, config: PretrainedConfig, device: torch.device) -> N
             f"{', '.join(FAMILIES)}: set model.kernels: torch."
         )
     gate = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    gates = ("gelu_pytorch_tanh",) if config.model_type.startswith("gemma") else ("silu", "swish")
+    gates = FAMILIES[config.model_type]
     if gate not in gates:
         raise InputError(
             f"model.kernels=liger computes {config.model_type} with {' or '.join(gates)}, and this model has {gate}: "

@@ -348,7 +348,7 @@ class DistillationModule(Resumable, Stepping):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch through teacher and student; logs every term and the depth."""
-        now, lineage = self.now, self.history.lineage
+        now, lineage, batch = self.now, self.history.lineage, objectives.with_scored(batch)
         forward = self._taught(batch, now.phase.objective)
         terms = objectives.objective(now.phase.objective, forward, lineage, now.progress)
         self.losses.note(terms["loss"], batch_idx)
@@ -357,7 +357,7 @@ class DistillationModule(Resumable, Stepping):
         others = {f"train/{name}": value for name, value in terms.items() if name != "loss"}
         depth = torch.full((), float(self.history.depth), device=self.device)  # a number would wait for the device
         self.log_dict({**others, "depth": depth}, batch_size=size)
-        return self.window.weigh(terms["loss"], len(objectives.scored_of(batch)))
+        return self.window.weigh(terms["loss"], len(batch[objectives.SCORED]))
 
     def run(self, batch: Batch, levels: Sequence[Level]) -> objectives.Forward:
         """Student and teacher on a batch, as far as the levels need them."""

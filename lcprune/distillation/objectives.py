@@ -174,7 +174,7 @@ def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progr
         lineage: Teacher layers of every student layer.
         progress: How much of the phase is over, from 0 to 1.
     """
-    scored = scored_of(forward.batch)
+    scored = with_scored(forward.batch)[SCORED]
     logits, labels = only(levels, Logits), only(levels, Labels)
     terms: dict[str, Tensor] = {}
     loss = torch.zeros((), device=scored.device)
@@ -187,7 +187,7 @@ def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progr
     boundary, local = only(levels, Boundary), only(levels, Local)
     taught = taught_layers(levels, lineage)
     if boundary is not None and taught:
-        mean = _distance({s: forward.student.layers[s] for s in taught}, forward, lineage, boundary.distance)
+        mean = _distance({s: forward.student.layers[s] for s in taught}, forward, scored, lineage, boundary.distance)
         weight = boundary.weight_at(progress)
         if boundary.scale == "logits":
             loss = loss + weight * mean * (terms["logits"] / mean.detach().clamp_min(1e-12))
@@ -195,7 +195,7 @@ def objective(levels: Sequence[Level], forward: Forward, lineage: Lineage, progr
             loss = loss + weight * mean
         terms["boundary"] = mean.detach()
     if local is not None and forward.alone:
-        mean = _distance(forward.alone, forward, lineage, local.distance)
+        mean = _distance(forward.alone, forward, scored, lineage, local.distance)
         loss = loss + local.weight * mean
         terms["local"] = mean.detach()
     if not terms:
@@ -233,11 +233,10 @@ def _head_loss(
     )
 
 
-def _distance(outputs: Mapping[int, Tensor], forward: Forward, lineage: Lineage, kind: str) -> Tensor:
+def _distance(outputs: Mapping[int, Tensor], forward: Forward, scored_N: Tensor, lineage: Lineage, kind: str) -> Tensor:
     """Mean distance of these layers' outputs to the teacher's stream behind their last ancestors."""
-    scored = scored_of(forward.batch)
     distances = [
-        boundary_loss(at(scored, output), at(scored, forward.teacher.layers[lineage[s][-1]]), kind=kind)  # type: ignore[arg-type]
+        boundary_loss(at(scored_N, output), at(scored_N, forward.teacher.layers[lineage[s][-1]]), kind=kind)  # type: ignore[arg-type]
         for s, output in outputs.items()
     ]
     return torch.stack(distances).mean()
@@ -248,9 +247,14 @@ def scored_positions(batch: Mapping[str, Tensor]) -> Tensor:
     return next_tokens(batch) != -100
 
 
-def scored_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """Numbers [N] of the scored positions among all B * T: the batch's own, or found, for which a GPU is waited for."""
-    return batch[SCORED] if SCORED in batch else scored_positions(batch).flatten().nonzero().squeeze(1)
+def with_scored(batch: Batch) -> Batch:
+    """The batch with the numbers [N] of its scored positions among all B * T: its own, or found now.
+
+    How many there are decides the shapes of a loss. Where a batch does not say, a GPU has to be waited for.
+    """
+    if SCORED in batch:
+        return batch
+    return {**batch, SCORED: scored_positions(batch).flatten().nonzero().squeeze(1)}
 
 
 def at(scored_N: Tensor, values_BT: Tensor) -> Tensor:

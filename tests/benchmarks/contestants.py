@@ -54,8 +54,6 @@ class Work:
     device: str = "cpu"
     dtype: str = "bfloat16"
     activations: str = "keep"
-    kernels: str = "torch"
-    """`liger` for those who know it: ours, and Hugging Face's Trainer."""
 
     @property
     def total(self) -> int:
@@ -152,11 +150,7 @@ def ours(work: Work, train: str = "all") -> dict[str, float]:
     from lightning.pytorch import Callback, LightningDataModule, Trainer
 
     from lcprune import AtSteps, DistillationModule, Drop, FixedPlan, Logits, ProgressiveCollapse
-    from lcprune.distillation.objectives import scored_of
-
-    def with_scored(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        batch = collated(rows)  # as lcprune's data module makes it
-        return {**batch, "scored": scored_of(batch)}
+    from lcprune.distillation.objectives import with_scored
 
     meter = Meter(work)
 
@@ -169,7 +163,9 @@ def ours(work: Work, train: str = "all") -> dict[str, float]:
 
     class Blocks(LightningDataModule):
         def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-            return DataLoader(Text(work), work.batch_size, num_workers=0, collate_fn=with_scored)
+            return DataLoader(
+                Text(work), work.batch_size, num_workers=0, collate_fn=lambda rows: with_scored(collated(rows))
+            )
 
         def val_dataloader(self) -> list[dict[str, Tensor]]:
             return []
@@ -184,7 +180,6 @@ def ours(work: Work, train: str = "all") -> dict[str, float]:
         teacher_dtype=work.dtype,  # type: ignore[arg-type]
         optimizer=partial(torch.optim.AdamW, lr=1e-5, fused=True),
         activations=work.activations,  # type: ignore[arg-type]
-        kernels=work.kernels,  # type: ignore[arg-type]
     )
     depth = json.loads((Path(work.student) / "config.json").read_text())["num_hidden_layers"]
     with tempfile.TemporaryDirectory() as folder:
@@ -224,7 +219,6 @@ def settings(work: Work, folder: str) -> dict[str, Any]:
         "optim": "adamw_torch_fused",
         "max_grad_norm": 1.0,
         "bf16": work.half,
-        "use_liger_kernel": work.kernels == "liger",
         "use_cpu": work.device == "cpu",
         "save_strategy": "no",
         "logging_strategy": "no",

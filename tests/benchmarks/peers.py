@@ -81,31 +81,18 @@ def race(
     results: list[Round] = []
     failed: dict[str, str] = {}
     with suppress(KeyboardInterrupt):
-        _race(names, work, rounds, environment or {}, results, failed)
-    return results, failed
-
-
-def _race(
-    names: Sequence[str],
-    work: Work,
-    rounds: int,
-    environment: Mapping[str, str],
-    results: list[Round],
-    failed: dict[str, str],
-) -> None:
-    for number in range(rounds):
-        results.append({})
-        for name in names:
-            if name in failed:
-                continue
-            outcome = elsewhere(name, work, environment)
-            if isinstance(outcome, str):
-                failed[name] = outcome
-                print(f"{name}: {outcome}", flush=True)
-            else:
+        for number in range(rounds):
+            results.append({})
+            for name in (name for name in names if name not in failed):
+                outcome = elsewhere(name, work, environment or {})
+                if isinstance(outcome, str):
+                    failed[name] = outcome
+                    print(f"{name}: {outcome}", flush=True)
+                    continue
                 results[-1][name] = outcome
                 seconds, memory = outcome["seconds"], outcome["memory_mb"]
                 print(f"round {number + 1}  {name:18s} {seconds:9.4f} s {memory:9.1f} MB", flush=True)
+    return results, failed
 
 
 def ratio(rounds: Sequence[Round], name: str, figure: str) -> float | None:
@@ -157,7 +144,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="that are timed, after two that are not")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--activations", choices=["keep", "recompute"], default="keep", help="of all contestants")
-    parser.add_argument("--kernels", choices=["torch", "liger"], default="torch", help="of those who know Liger's")
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--tiny", action="store_true", help="a tiny random model, two steps")
     given = shapes.parsed(parser, arguments)
@@ -184,7 +170,6 @@ def main(arguments: list[str] | None = None) -> None:
             device=given.device,
             dtype=given.dtype,
             activations=given.activations,
-            kernels=given.kernels,
         )
         rounds, failed = race(given.only, work, given.rounds)
         weighed = rounds
@@ -199,7 +184,6 @@ def main(arguments: list[str] | None = None) -> None:
         "tokens": given.batch_size * given.block_size,
         "dtype": given.dtype,
         "activations": given.activations,
-        "kernels": given.kernels,
         "device": torch.cuda.get_device_name() if given.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
     }
     print(json.dumps(result))

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lcprune import Boundary, Calibration, DistillationModule, Drop, FixedPlan, Local, Logits
 from lcprune.distillation.levels import Level
-from lcprune.distillation.objectives import scored_of
+from lcprune.distillation.objectives import with_scored
 from lcprune.distillation.trained import Trained
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Batch
@@ -55,7 +55,7 @@ class Bench:
         input_ids = torch.randint(config.vocab_size, (given.tokens // length, length), device=given.device)
         self.batch: Batch = {"input_ids": input_ids, "labels": input_ids.clone()}
         # As the data module makes it, before the batch moves to a GPU.
-        self.known: Batch = {**self.batch, "scored": scored_of(self.batch)}
+        self.known = with_scored(self.batch)
 
     def module(self, name: str) -> DistillationModule:
         """A merged module of one of the settings, on the device."""

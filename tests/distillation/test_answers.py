@@ -81,7 +81,7 @@ def test_data_module_knows_what_the_objective_scores(tiny_folder: Path, chat: Pa
     module.setup()
     for batch in module.train_dataloader():
         found = batch.pop("scored")
-        assert found.equal(objectives.scored_of(batch))
+        assert found.equal(objectives.with_scored(batch)["scored"])
         assert len(found) == int(objectives.scored_positions(batch).sum()) > 0
 
 
