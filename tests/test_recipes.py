@@ -34,6 +34,10 @@ PARAMETERS = {
 README = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
 
 
+PAIRS = {(method, OVERLAYS[place % len(OVERLAYS)]) for place, method in enumerate(METHODS)}
+"""Every method and every overlay once; the others are left to the slow tests."""
+
+
 @pytest.fixture(params=METHODS, ids=lambda path: path.stem)
 def method(request: pytest.FixtureRequest) -> Path:
     return request.param
@@ -105,6 +109,15 @@ def test_overlay_has_the_shapes_of_its_model(overlay: Path):
     assert int(depths[2]) == target < int(depths[1])
 
 
+@pytest.mark.parametrize(
+    ("method", "overlay"),
+    [
+        pytest.param(method, overlay, marks=() if (method, overlay) in PAIRS else pytest.mark.slow)
+        for method in METHODS
+        for overlay in OVERLAYS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_overlay_goes_with_every_method(method: Path, overlay: Path):
     alone = method.stem == "recover"
     cli = made(method, overlay, *(["--collapse.schedule", "null", "--model.student", "null"] if alone else []))

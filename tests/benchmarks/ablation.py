@@ -13,7 +13,8 @@
 Every variant begins with the same student and sees the same blocks in the same order: `--tokens` of them, or, with
 `--seconds`, as many as it gets through (its own schedule is cut to that length by a few steps that are timed before).
 `held_out` is the perplexity on the held-out part of the text that is trained on, `perplexity` that on the yardstick's
-evaluation windows (yardstick.py), which are other text; both with float32 weights under bfloat16 autocast.
+evaluation windows (yardstick.py), which are other text; both with float32 weights, under bfloat16 autocast or, with
+`--dtype float32`, without: on CPUs that have no instructions for bfloat16 that is the faster one.
 Figures are appended to --results and not measured again. The last line is one JSON object: variant -> figures.
 """
 
@@ -75,6 +76,10 @@ class Bench:
         text = given.text.read_text(encoding="utf-8")
         self.yardstick = Yardstick.of(text, load_tokenizer(given.teacher))
 
+    @property
+    def _in_bfloat16(self) -> bool:
+        return self.given.dtype == "bfloat16"
+
     @cached_property
     def held_out(self) -> list[Batch]:
         """So much of the validation text."""
@@ -83,9 +88,9 @@ class Bench:
         return list(islice(data.val_dataloader(), HELD_OUT // (self.given.block_size * self.given.batch_size)))
 
     def judged(self, module: DistillationModule) -> Result:
-        """The student on both texts, as it is trained: float32 weights, bfloat16 products."""
+        """The student on both texts, as it is trained: float32 weights, products in the type given."""
         loss, count = 0.0, 0
-        with torch.autocast("cpu", torch.bfloat16), evaluating(module.student):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._in_bfloat16), evaluating(module.student):
             for batch in self.held_out:
                 batch_loss, tokens = token_loss(module.student, hidden_states(module.student, batch), batch)
                 loss, count = loss + batch_loss, count + tokens
@@ -131,7 +136,7 @@ class Bench:
             collapse = [ProgressiveCollapse(schedule, refit=RidgeRefit())]
         trainer = Trainer(
             accelerator="cpu",
-            precision="bf16-mixed",
+            precision="bf16-mixed" if self._in_bfloat16 else "32-true",
             max_steps=steps,
             max_epochs=-1,
             gradient_clip_val=1.0,
@@ -197,10 +202,11 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--calibration-blocks", type=int, default=64)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of products")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--results", type=Path, help="JSON lines: figures are read from there and appended")
     given = parser.parse_args()
-    deciding = ("teacher", "student", "path", "tokens", "seconds", "lr", "block_size", "batch_size")
+    deciding = ("teacher", "student", "path", "tokens", "seconds", "lr", "block_size", "batch_size", "dtype")
     results = Results(given.results, {"given": {name: str(getattr(given, name)) for name in deciding}})
     bench = Bench(given)
     found = {}

@@ -12,6 +12,7 @@ from lcprune.delivery import training_log
 from tests.cli.recipe import recipe, text_file, write
 from tests.delivery import run_folders
 from tests.delivery.test_report import Elements
+from tests.marks import slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:`litmodels`", "ignore:The `srun` command")
 
@@ -115,7 +116,7 @@ def _again(page: Path) -> list[str]:
     return shlex.split(next(line for line in lines if line.startswith(("lcprune fit", "lcprune collapse"))))[1:]
 
 
-@pytest.mark.parametrize("reported", ["run", "elsewhere"])
+@pytest.mark.parametrize("reported", ["elsewhere", *slow("run")])
 def test_resumed_run_with_its_export_elsewhere_is_made_again_from_its_beginning(
     reported: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from lcprune.data.module import Batch, BlockSampler, ResumableLoader, TextDataModule
 from lcprune.errors import InputError
+from tests.marks import slow
 
 Make = Callable[..., TextDataModule]
 
@@ -182,13 +183,15 @@ def record(module: TextDataModule, folder: Path, ckpt_path: Path | None = None, 
 @pytest.mark.parametrize(
     ("data", "trainer"),
     [
-        ({}, {"max_epochs": 3}),
-        ({}, {"max_steps": 10}),
         ({}, {"max_epochs": 3, "accumulate_grad_batches": 2}),
-        ({}, {"max_epochs": 3, "limit_train_batches": 3}),
         ({}, {"max_steps": 10, "val_check_interval": 2}),
-        ({"num_workers": 2}, {"max_epochs": 2, "accumulate_grad_batches": 2}),
         ({"num_workers": 2}, {"max_steps": 6, "limit_train_batches": 3}),
+        *slow(
+            ({}, {"max_epochs": 3}),
+            ({}, {"max_steps": 10}),
+            ({}, {"max_epochs": 3, "limit_train_batches": 3}),
+            ({"num_workers": 2}, {"max_epochs": 2, "accumulate_grad_batches": 2}),
+        ),
     ],
     ids=str,
 )

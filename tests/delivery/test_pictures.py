@@ -10,6 +10,7 @@ import pytest
 from lcprune.delivery import pictures
 from lcprune.delivery.pictures import DOTS_PER_INCH, Scores, draw_scores
 from lcprune.merging.heatmaps import WeightDistances
+from tests.marks import slow
 
 
 def scores(layers: int = 6, **changes: object) -> Scores:
@@ -39,7 +40,7 @@ def test_picture_is_a_whole_png_with_a_row_per_criterion():
     assert size(draw_scores(fewer))[1] < height
 
 
-@pytest.mark.parametrize("layers", [2, 3, 80])
+@pytest.mark.parametrize("layers", [2, *slow(3, 80)])
 def test_picture_of_any_depth(layers: int):
     size(draw_scores(scores(layers)))
 

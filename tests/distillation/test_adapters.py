@@ -38,6 +38,7 @@ from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import spec_of
 from tests import builders
 from tests.distillation import runs
+from tests.marks import slow
 
 STEP = MergeStep((2, 3), spec_of(WeightedAverage()), (0.25, 0.75))
 PLAIN = builders.tiny_llama()
@@ -189,7 +190,7 @@ def test_phases_train_the_adapters_of_their_layers_and_the_prefix_runs_once(fit:
     assert module._prefix_is_original
 
 
-@pytest.mark.parametrize("killed_at", [3, 4, 5])
+@pytest.mark.parametrize("killed_at", [4, *slow(3, 5)])
 @pytest.mark.parametrize("train", ["lora", "lora_after_merge"])
 def test_resumed_run_ends_like_the_whole_one(fit: Fit, tiny_folder: Path, tmp_path: Path, train: str, killed_at: int):
     def run(*callbacks: Callback, checkpoint: Path | None = None) -> DistillationModule:

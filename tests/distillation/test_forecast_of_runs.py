@@ -13,6 +13,7 @@ from lcprune.distillation.forecast import Batches, Forecast, forecast
 from lcprune.distillation.trained import Trained
 from tests.builders import tiny_llama
 from tests.distillation import runs
+from tests.marks import slow
 
 BATCHES = Batches(rows=2, length=16)
 AVERAGES = pytest.mark.skipif(not hasattr(lightning_callbacks, "EMAWeightAveraging"), reason="came with lightning 2.6")
@@ -78,7 +79,7 @@ def check(found: Forecast, held: Held) -> None:
     assert replace(stage.memory, **held.bytes) == stage.memory
 
 
-@pytest.mark.parametrize("targets", [None, ["q_proj", "lm_head"], ["lm_head"]])
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], *slow(None, ["lm_head"])])
 @pytest.mark.parametrize("train", ["lora", "lora_merged", "lora_after_merge"])
 def test_adapters_and_merged_layers_under_them_are_those_of_the_run(
     train: Trained, targets: list[str] | None, untied: Path, text: Path
@@ -89,7 +90,7 @@ def test_adapters_and_merged_layers_under_them_are_those_of_the_run(
     check(found, held)
 
 
-@pytest.mark.parametrize("train", ["all", "layers", "lora"])
+@pytest.mark.parametrize("train", ["layers", "lora", *slow("all")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_what_is_cast_is_counted_as_it_is_held(

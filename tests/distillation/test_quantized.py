@@ -24,6 +24,7 @@ from lcprune.merging.operators import spec_of
 from tests import builders
 from tests.cli.recipe import recipe, text_file, write
 from tests.distillation import runs
+from tests.marks import slow
 
 QLORA = Lora(rank=4, base="nf4")
 CPU = torch.device("cpu")
@@ -172,7 +173,7 @@ def test_checkpoint_holds_adapters_and_merged_layers_only(folder: Path, text: Pa
     assert {name.split(".")[2] for name in saved["lcprune"]["packed"]} == {"2", "3"}
 
 
-@pytest.mark.parametrize("killed_at", [2, 3, 4])
+@pytest.mark.parametrize("killed_at", [3, *slow(2, 4)])
 def test_resumed_run_ends_like_the_whole_one(folder: Path, text: Path, tmp_path: Path, killed_at: int):
     def stop() -> None:
         raise RuntimeError("stop")

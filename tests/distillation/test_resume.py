@@ -9,6 +9,7 @@ import torch
 from lcprune.distillation.checkpoint import load_student, read
 from lcprune.merging.lineage import MergeHistory
 from tests.distillation import runs
+from tests.marks import slow
 from tests.processes import python
 
 Ending = tuple[dict[str, torch.Tensor], MergeHistory, dict[int, float]]
@@ -67,7 +68,7 @@ def ends_alike(whole: Ending, ending: Ending) -> None:
     assert runs.equal(ending[0], whole[0])
 
 
-@pytest.mark.parametrize("step", [3, 7])
+@pytest.mark.parametrize("step", [7, *slow(3)])
 @pytest.mark.parametrize("point", runs.POINTS)
 def test_interrupted_run_ends_like_the_whole_one(
     whole: Ending, dropping: Path, short: Path, tmp_path: Path, step: int, point: str

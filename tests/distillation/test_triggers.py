@@ -27,6 +27,7 @@ from lcprune.distillation.schedules import Facts
 from lcprune.distillation.standing import BEFORE
 from lcprune.errors import InputError
 from tests.distillation import runs
+from tests.marks import slow
 
 THREE = AtSteps({10: 28, 20: 26, 30: 24})
 
@@ -241,7 +242,7 @@ def whole(tiny_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize(
-    ("step", "point"), [(6, "after"), (8, "before"), (8, "at"), (8, "after"), (9, "at"), (9, "after")]
+    ("step", "point"), [(8, "before"), (8, "at"), (8, "after"), *slow((6, "after"), (9, "at"), (9, "after"))]
 )
 def test_interrupted_run_decides_as_the_whole_one(fit: Fit, whole: DistillationModule, step: int, point: str):
     with pytest.raises(Stopped):

@@ -23,6 +23,7 @@ from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, Wei
 from lcprune.merging.progressive import ProgressivePlanner, shares_of
 from lcprune.merging.remeasure import Trail
 from tests.builders import FAMILIES, Family, tiny_llama, token_batches
+from tests.marks import slow
 from tests.merging.activities import loss_of, masked, measuring, passes
 from tests.merging.planning import assert_same, groups_of, layers_of, plain, weights_of
 
@@ -57,7 +58,7 @@ def assert_same_plan(actual: Sequence[MergeStep], expected: Sequence[MergeStep])
 # The plan.
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 def test_plan_is_that_of_scoring_everything_from_scratch(operator: Operator, seed: int):
     model = tiny_llama(9, seed=seed)
@@ -179,7 +180,7 @@ def many(number: int = 48) -> list[Batch]:
     return [{"input_ids": ids} for ids in token_batches(number // 2)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 @pytest.mark.parametrize("glance", [1, 160, None])
 @pytest.mark.parametrize("criterion", [AngularDistance(span=2), LAST], ids=str)
 def test_plan_after_a_glance_is_that_of_scoring_all_pairs_on_all_tokens(

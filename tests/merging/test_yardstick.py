@@ -96,14 +96,10 @@ def test_patterns_mean_crossed_methods_only_if_they_say_so():
 @pytest.mark.model
 @pytest.mark.skipif(not TEXT.is_file(), reason=f"the WikiText-2 validation text is not at {TEXT}")
 def test_dropping_by_block_influence_measures_as_published_in_methods():
-    model = load(DEMO, "bfloat16")
+    model = load(DEMO, "float32")
     yardstick = Yardstick.of(TEXT.read_text(encoding="utf-8"), load_tokenizer(DEMO))
     dense = yardstick.perplexity(model)
-    results = yardstick.measure(model, METHODS["bi-drop"], [27, 24, 22], dense)
-    assert [results[depth]["removed"] for depth in (27, 24, 22)] == [
-        [25, 13, 14],
-        [25, 13, 14, 12, 26, 17],
-        [25, 13, 14, 12, 26, 17, 15, 3],
-    ]
-    measured = [dense, *(results[depth]["perplexity"] for depth in (27, 24, 22))]
-    assert measured == pytest.approx([30.8, 45.9, 66.9, 101.7], rel=0.03)
+    results = yardstick.measure(model, METHODS["bi-drop"], [27, 24], dense)
+    assert [results[depth]["removed"] for depth in (27, 24)] == [[25, 13, 14], [25, 13, 14, 12, 26, 17]]
+    measured = [dense, *(results[depth]["perplexity"] for depth in (27, 24))]
+    assert measured == pytest.approx([30.8, 45.9, 66.9], rel=0.005)
