@@ -26,7 +26,7 @@ SHELL = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding
 COMMANDS = sorted(set(re.findall(r"^(lcprune [^#\n]*?) *(?:#.*)?$", "".join(SHELL), re.MULTILINE)))
 SMALLER = {
     "Qwen/Qwen3-0.6B": "my-model",
-    "200MB": "900KB",
+    "400MB": "900KB",
     "documents 256": "documents 8 --data.generate.tokens 64 --data.path null",
 }
 BY_LM_EVAL = "lcprune evaluate short --tasks piqa,arc_easy"

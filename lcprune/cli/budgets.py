@@ -50,7 +50,7 @@ OPTIONS: tuple[Option, ...] = (
 EXAMPLES = """how short, an example of each:
   lcprune collapse --config recipes/best.yaml --target-depth 24 --out short
   lcprune collapse --config recipes/best.yaml --target-params 100M --out short
-  lcprune collapse --config recipes/best.yaml --target-size 200MB --out short
+  lcprune collapse --config recipes/best.yaml --target-size 400MB --out short
   lcprune collapse --config recipes/best.yaml --max-perplexity-ratio 1.3 --out short
 """
 
