@@ -12,7 +12,10 @@ from transformers import PreTrainedModel
 from lcprune.cli import HOMES, main
 from lcprune.cli.training import RecipeCLI
 from lcprune.distillation import checkpoint
+from lcprune.merging import surgery
+from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import from_spec, spec_of
+from tests.builders import tiny_llama
 from tests.cli.recipe import text_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     text_file(tmp_path).rename(tmp_path / "my.txt")
     words = (tmp_path / "my.txt").read_text().split()
     lines = [f'{{"text": "{" ".join(words[i : i + 60])}"}}\n' for i in range(0, len(words), 60)]
-    for name in ("my.jsonl", "mix.jsonl"):
+    for name in ("my.jsonl", "mix.jsonl", "chat.jsonl"):
         (tmp_path / name).write_text("".join(lines))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -64,13 +67,23 @@ def test_python_of_the_readme_runs(
     exec(compile(small, "README.md", "exec"), {})
 
 
-def test_operator_of_the_readme_is_an_operator():
+def test_operator_of_the_readme_merges(monkeypatch: pytest.MonkeyPatch):
     namespace: dict[str, object] = {"__name__": "tests.test_readme"}
     block = next(block for block in PYTHON if "class KeepNormsOfLast" in block)
     exec(compile(block, "README.md", "exec"), namespace)
-    globals()["KeepNormsOfLast"] = namespace["KeepNormsOfLast"]
+    monkeypatch.setitem(globals(), "KeepNormsOfLast", namespace["KeepNormsOfLast"])
     operator = namespace["KeepNormsOfLast"]()  # type: ignore[operator]
-    assert from_spec({**spec_of(operator), "class_path": f"{__name__}.KeepNormsOfLast"}) == operator
+    spec = {**spec_of(operator), "class_path": f"{__name__}.KeepNormsOfLast"}
+    assert from_spec(spec) == operator
+
+    model = tiny_llama(4)
+    base, last = (
+        {name: one.detach().clone() for name, one in model.model.layers[i].named_parameters()} for i in (1, 2)
+    )
+    surgery.apply(model, MergeStep(group=(1, 2), operator=spec, shares=(0.5, 0.5)))
+    assert len(model.model.layers) == 3
+    for name, merged in model.model.layers[1].named_parameters():
+        assert merged.equal(last[name] if "layernorm" in name else base[name])
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:recipes|tests|notebooks|lcprune)/[\w./]+\w)`", README))))
