@@ -93,6 +93,9 @@ class ProgressiveCollapse(Callback):
                 "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
                 "calibration_batches(), like lcprune.TextDataModule."
             )
+        for refit in (self.refit, *(stage.refit for stage in self.stages)):
+            if refit is not None:
+                refit.check_text(trainer.datamodule.calibration_batches())  # type: ignore[attr-defined]
         if self.schedule.by_validation and not is_overridden("val_dataloader", trainer.datamodule):  # type: ignore[attr-defined]
             raise InputError(f"{self.schedule} looks at validations, and the data module has no val_dataloader().")
 
@@ -158,6 +161,7 @@ class ProgressiveCollapse(Callback):
                     f"schedule asks for {target}: name more groups or raise the target depth."
                 )
             lineage = after or lineage
+            method.planner.check_family(layout)
             method.operator.check(layout)
             if method.refit is not None:
                 method.refit.check(layout)

@@ -73,6 +73,8 @@ def plan(
     planner = planner if planner is not None else OneShotRanking()
     operator = operator if operator is not None else Drop()
     check(model, budget, planner, operator, refit)
+    if refit is not None:
+        refit.check_text(batches)
     target = budget.depth(model)
     if isinstance(budget, PerplexityRatio):
         steps = plan_within(calibration, planner, operator, budget, refit)
@@ -90,6 +92,7 @@ def check(model: PreTrainedModel, budget: Budget, planner: Planner, operator: Op
         InputError: If the model cannot become so short, or planner, operator or refit do not fit it.
     """
     layout = layout_of(model.config)
+    planner.check_family(layout)
     depth, target = len(layout.layers_of(model)), budget.depth(model)
     if target is None:
         feasible_depths(planner, depth)
@@ -129,9 +132,11 @@ def execute(
             raise InputError(f"operator {type(operator).__name__} of the plan needs text: give calibration batches.")
     repairs = [number for number, step in enumerate(history.steps) if step.refit is not None]
     for number in repairs:
-        refits.from_spec(history.steps[number].refit or {}).check(calibration.layout)
         if not batches:
             raise InputError("The plan refits the merged model, which needs text: give calibration batches.")
+        refit = refits.from_spec(history.steps[number].refit or {})
+        refit.check(calibration.layout)
+        refit.check_text(batches)
     teacher = surgery.second_view(model) if repairs else None
     trail = Trail(model, batches) if batches else None
     done = repaired = MergeHistory(depth)

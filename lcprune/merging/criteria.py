@@ -6,9 +6,8 @@
                                                                                     LaCo, arXiv:2402.11187, section 2.3
     TrialPerplexity    exp of the mean next-token loss without the layer            SLEB, arXiv:2402.09025
 
-The first two read one pass of statistics; the last two try every layer out, on batches without padding (a masked
-position would count). Averages run over all calibration tokens. Cosines alone are poor judges: look at a loss beside
-them.
+The first two read one pass of statistics; the last two try every layer out. Averages run over all calibration tokens,
+padding left out. Cosines alone are poor judges: look at a loss beside them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lcprune.errors import InputError
-from lcprune.merging.calibration import Calibration, last_tokens, token_loss
+from lcprune.merging.calibration import Calibration, last_tokens, mask_of, token_loss
 from lcprune.merging.prefix import prefixes_of
 from lcprune.merging.progress import track
 
@@ -122,11 +121,14 @@ class OutputSimilarity(TrialCriterion):
     """1 - cosine between the candidate's and the original's last states, flattened per sequence (LaCo)."""
 
     def measure(self, calibration: Calibration, states: Iterable[Tensor]) -> float:
-        """1 - mean over sequences of the cosine of flattened [T * D] states."""
+        """1 - mean over sequences of the cosine of flattened [T * D] states, padding left out."""
         total, count = 0.0, 0
-        for state_BTD, original_BTD in zip(states, calibration.reference, strict=True):
-            original = original_BTD.to(state_BTD.device).flatten(1).float()
-            cos_B = cosine_similarity(state_BTD.flatten(1).float(), original, dim=-1)
+        for batch, state_BTD, original_BTD in zip(calibration.batches, states, calibration.reference, strict=True):
+            mask_BT, original_BTD = mask_of(batch), original_BTD.to(state_BTD.device)
+            if mask_BT is not None:
+                padding_BT1 = ~mask_BT[..., None].to(state_BTD.device)
+                state_BTD, original_BTD = (each.masked_fill(padding_BT1, 0) for each in (state_BTD, original_BTD))
+            cos_B = cosine_similarity(state_BTD.flatten(1).float(), original_BTD.flatten(1).float(), dim=-1)
             total, count = total + cos_B.sum().item(), count + len(cos_B)
         return 1 - total / count
 

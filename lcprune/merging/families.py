@@ -126,6 +126,11 @@ class LayerLayout:
                 setattr(config, name, [values[index] for index in kept])
 
 
+def residual_scale(config: PretrainedConfig) -> float:
+    """By what a model multiplies all that its branches write into the stream (Granite)."""
+    return float(getattr(config, "residual_multiplier", 1.0))
+
+
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _SANDWICH_NORMS = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")

@@ -21,12 +21,15 @@ from torch.nn.functional import cosine_similarity
 
 from lcprune.errors import InputError
 from lcprune.merging import surgery
+from lcprune.merging.activity import Activity
+from lcprune.merging.architectures import LayerLayout
 from lcprune.merging.calibration import Calibration
 from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity, ranking
 from lcprune.merging.lineage import Lineage, MergeStep
 from lcprune.merging.operators import Operator, spec_of
 from lcprune.merging.prefix import prefixes_of
 from lcprune.merging.progress import track
+from lcprune.merging.remeasure import measure_activity
 
 
 class Planner:
@@ -37,6 +40,9 @@ class Planner:
 
     def check(self, depth: int, target: int) -> None:
         """Raises InputError for what can be known to fail from the depths alone, before weights are loaded."""
+
+    def check_family(self, layout: LayerLayout) -> None:
+        """Raises InputError for a family that this planner cannot serve, before weights are loaded."""
 
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """The steps that take the model from its depth to `target` layers, or as near as the method allows.
@@ -245,6 +251,10 @@ class ThresholdPlanner(Planner):
         prefixes = prefixes_of(calibration, base, every=3)  # a layer more per attempt on average, a third of the memory
         calibration.reference  # noqa: B018 - taken now: inside a trial it would be the trial's own
         criterion, steps = OutputSimilarity(), []
+
+        def measure(wanted: Sequence[int]) -> Sequence[Activity]:
+            return measure_activity(calibration.model, calibration.batches, wanted)
+
         with ExitStack() as accepted:
             # Every attempt moves the base down: so many at most.
             for _ in track(range(base - self.lowest + 1), "trying merges"):
@@ -255,7 +265,7 @@ class ThresholdPlanner(Planner):
                 group = list(range(base, base + absorbed + 1))
                 candidate = new_step(group, operator, uniform(group))
                 with ExitStack() as attempt:
-                    attempt.enter_context(surgery.trial(calibration.model, candidate))
+                    attempt.enter_context(surgery.trial(calibration.model, candidate, measure=measure))
                     similarity = 1 - criterion.measure(calibration, prefixes.run(base))
                     if similarity > self.threshold:
                         accepted.push(attempt.pop_all())
@@ -328,7 +338,7 @@ def with_weight_cosines(calibration: Calibration, steps: Sequence[MergeStep]) ->
             cosine_similarity(left[name].flatten().float(), right[name].flatten().float(), dim=0).item()
             for left, right in pairwise(bases)
             for name in left
-            if left[name].dim() == 2
+            if left[name].dim() > 1
         ]
         noted.append(replace(step, scores={**step.scores, "weight_cosine": sum(cosines) / len(cosines)}))
         merged = tuple(origin for index in step.group for origin in origins[index])

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from lcprune.errors import InputError
 from lcprune.merging.architectures import Branch, LayerLayout, layout_of
+from lcprune.merging.calibration import Batch
+from lcprune.merging.families import residual_scale
 from lcprune.merging.lineage import Lineage, MergeHistory
 from lcprune.merging.observation import Written, observe, observe_attention
 from lcprune.merging.progress import track
@@ -38,6 +40,9 @@ class Refit:
 
     def check(self, layout: LayerLayout) -> None:
         """Raises InputError for a family that this refit cannot serve."""
+
+    def check_text(self, batches: Sequence[Batch]) -> None:
+        """Raises InputError for calibration text that this refit can do nothing with."""
 
     def refit(self, student: Stream, teacher: Stream, lineage: Lineage, merged: Sequence[int]) -> None:
         """Changes the student's weights in place; every changed Parameter gets new storage.
@@ -85,19 +90,17 @@ class RidgeRefit(Refit):
                 "projection; use projections: both, which refits the attention's alone there."
             )
 
-    @torch.no_grad()
-    def refit(self, student: Stream, teacher: Stream, lineage: Lineage, merged: Sequence[int]) -> None:
-        """Walks both models from front to back, see the first lines of this module.
-
-        Raises:
-            InputError: If there is only one calibration sequence and more than one strength to choose from.
-        """
-        sequences = sum(len(state) for state in student.states)
-        if len(self.strengths) > 1 and sequences < 2:
+    def check_text(self, batches: Sequence[Batch]) -> None:
+        """Choosing a strength takes a sequence more than fitting with it."""
+        if len(self.strengths) > 1 and sum(len(batch["input_ids"]) for batch in batches) < 2:
             raise InputError(
                 "RidgeRefit has one calibration sequence and several strengths to choose from: raise "
                 "data.calibration_blocks or give one strength."
             )
+
+    @torch.no_grad()
+    def refit(self, student: Stream, teacher: Stream, lineage: Lineage, merged: Sequence[int]) -> None:
+        """Walks both models from front to back, see the first lines of this module."""
         layout = layout_of(student.model.config)
         layers, originals = layout.layers_of(student.model), layout.layers_of(teacher.model)
         chosen = set(merged) if self.layers == "merged" else set(range(min(merged), len(layers)))
@@ -174,6 +177,7 @@ class _Fit:
     def __init__(self, refit: RidgeRefit, layer: nn.Module, branch: Branch, student: Stream) -> None:
         layout = layout_of(student.model.config)
         self._refit, self._student, self._transposed = refit, student, layout.transposed
+        self._scale = residual_scale(student.model.config)
         self._projection = layer.get_submodule(branch.consumer)
         self._gain_D: Tensor | None = None
         if branch.norm_after:
@@ -206,7 +210,7 @@ class _Fit:
 
     def see(self, index: int, written: Written, target_BTD: Tensor, reached_BTD: Tensor) -> None:
         """Takes in batch `index`: what the projection was fed, where the stream should be, where it is."""
-        z_BTI, e_BTD = written.inputs_BTI, target_BTD.float() - reached_BTD.float()
+        z_BTI, e_BTD = written.inputs_BTI, (target_BTD.float() - reached_BTD.float()) / self._scale
         w_BT = token_weights(target_BTD, self._student.masks[index])
         if written.before_norm_BTD is not None and self._gain_D is not None:
             # Behind a norm: what the projection itself would have to add while the norm's divisor stays.
@@ -252,7 +256,8 @@ class MagnitudeCompensation(Refit):
 
     The factor is E|h_last| / E|h_student| behind the merged layer. Every layer reads the stream through a norm, so
     that a longer stream is the same as shorter contributions of the layers that follow: those are divided by the
-    factor, and embeddings, which may be tied to the head, stay as they are.
+    factor, and embeddings, which may be tied to the head, stay as they are. What an earlier merge's factor has done to
+    a layer is seen from what it adds to the teacher's stream, against what the original adds there.
     """
 
     def check(self, layout: LayerLayout) -> None:
@@ -268,22 +273,35 @@ class MagnitudeCompensation(Refit):
         """Scales output projections behind each merge."""
         layout = layout_of(student.model.config)
         layers, originals = layout.layers_of(student.model), layout.layers_of(teacher.model)
-        factor = 1.0
+        factor: float | None = None
+        shortened = 1.0  # by earlier merges: what follows adds so many times less than its original
         for place in track(range(len(layers)), "compensating magnitudes"):
-            if factor != 1.0:
-                _scale_contributions(layers[place], layout, 1 / factor)
+            if factor is not None:
+                if len(lineage[place]) == 1:
+                    original = originals[lineage[place][0]]
+                    adds = _mean_step(teacher, original, teacher.states)
+                    shortened = adds / _mean_step(student, layers[place], teacher.states)
+                _scale_contributions(layers[place], layout, shortened / factor)
             for index in lineage[place]:
                 teacher.advance(originals[index])
             student.advance(layers[place])
             if place in merged:
-                factor = _mean_length(teacher) / _mean_length(student)
+                factor = _mean_length(teacher, teacher.states) / _mean_length(student, student.states)
 
 
-def _mean_length(stream: Stream) -> float:
+def _mean_step(stream: Stream, layer: nn.Module, states: Sequence[Tensor]) -> float:
+    """Mean length of what a layer's attention adds to these states, or both branches where they read the same one."""
+    own, stream.states = stream.states, list(states)
+    reached = [observe_attention(stream, layer, index)[1] for index in range(len(states))]
+    stream.states = own
+    return _mean_length(stream, [state - before for state, before in zip(reached, states, strict=True)])
+
+
+def _mean_length(stream: Stream, states: Sequence[Tensor]) -> float:
     """E|h| over the tokens that count."""
     lengths = [
         (state if mask is None else state[mask]).float().norm(dim=-1).flatten()
-        for state, mask in zip(stream.states, stream.masks, strict=True)
+        for state, mask in zip(states, stream.masks, strict=True)
     ]
     return float(torch.cat(lengths).double().mean())
 

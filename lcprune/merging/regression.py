@@ -38,8 +38,10 @@ class Sums:
         precision = torch.promote_types(z_NI.dtype, torch.float32)
         z_NI, e_ND, w_N = z_NI.to(precision), e_ND.to(precision), w_N.to(precision)
         weighted_IN = (z_NI * w_N[:, None]).T
-        self.gram_II += weighted_IN @ z_NI
-        self.cross_ID += weighted_IN @ e_ND
+        # Under autocast (a refit during training) the products would be taken in the run's precision.
+        with torch.autocast(z_NI.device.type, enabled=False):
+            self.gram_II += weighted_IN @ z_NI
+            self.cross_ID += weighted_IN @ e_ND
         self.energy += float((w_N * e_ND.square().sum(1)).sum(dtype=torch.float64))
 
     def __add__(self, other: "Sums") -> "Sums":

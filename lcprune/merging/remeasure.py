@@ -15,7 +15,7 @@ before layer b. Legend: `B` batch, `T` tokens, `D` hidden.
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lcprune.merging.activity import Activity, kv_heads_of, recording
@@ -56,7 +56,6 @@ class Trail:
         """The same text in batches of a size that suits the processor."""
         self._model, self._layout, self._recorded = model, layout_of(model.config), recorded
         self._stream: Stream | None = None
-        self._kinds: dict[nn.Module, tuple[object, ...]] = {}
         self._kept: dict[int, list[Tensor]] = {}
         self._activity: dict[int, Activity] = {}
 
@@ -96,12 +95,9 @@ class Trail:
         return stream.last_states(*self._layout.layers_of(self._model)[base:])
 
     def _here(self) -> Stream:
-        """A stream that hands every layer what belongs to it: a merge may have made a layer one of another kind."""
-        layers = self._layout.layers_of(self._model)
-        kinds = {layer: self._layout.kind_of(self._model.config, index) for index, layer in enumerate(layers)}
-        if self._stream is None or any(self._kinds.get(layer) != kind for layer, kind in kinds.items()):
-            self._stream, self._kinds = Stream(self._model, self.batches), kinds
-            self._kept.setdefault(0, list(self._stream.states))
+        if self._stream is None:
+            self._stream = Stream(self._model, self.batches)
+            self._kept[0] = list(self._stream.states)
         return self._stream
 
     def _pass(self, stream: Stream, index: int) -> None:

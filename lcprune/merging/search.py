@@ -16,7 +16,8 @@ to layer. What keeps the search short:
                 the first round begins where the stream turns least, so that a good one is known early
 
 Greedy search over single layers by loss is SLEB's (arXiv:2402.09025); scoring after a closed-form refit is ours.
-Memory: states [B, T, D] of the fitting text before every layer, of teacher and student, and of the held-out text.
+Memory: states [B, T, D] of the fitting text before every layer, of teacher and student, and of the held-out text; the
+refitted weights of the best candidate alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ from torch.nn.functional import cosine_similarity
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity, kv_heads_of, recording
+from lcprune.merging.architectures import LayerLayout
 from lcprune.merging.calibration import Batch, Calibration, token_loss
 from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Operator
@@ -75,21 +77,26 @@ class RefitSearch(Planner):
         if wrong:
             raise InputError(f"RefitSearch: {'; '.join(wrong)}.")
 
+    def check_family(self, layout: LayerLayout) -> None:
+        """The layers have an MLP projection, and all of `also` serve them."""
+        if layout.mlp is None:
+            raise InputError(
+                f"RefitSearch refits MLP projections, {layout.model_type} layers have experts: use GreedyPlanner or "
+                "OneShotRanking."
+            )
+        for each in self.also:
+            each.check(layout)
+
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """One pair per step, the best found; the model is restored bit for bit.
 
         Raises:
             InputError: If there are fewer than two calibration sequences, or the family's MLPs consist of experts.
         """
-        if calibration.layout.mlp is None:
-            raise InputError(
-                f"RefitSearch refits MLP projections, {calibration.layout.model_type} layers have experts: use "
-                "GreedyPlanner or OneShotRanking."
-            )
+        self.check_family(calibration.layout)
+        operator.check(calibration.layout)
         fitting, held_out = self._split(calibration.batches)
         operators = [operator, *(other for other in self.also if other != operator)]
-        for each in operators:
-            each.check(calibration.layout)
         history = calibration.past
         bench = _Bench(calibration, operators, fitting, held_out, self.strength)
         damage: dict[Look, float] = {}
@@ -155,7 +162,7 @@ class _Candidate:
     """Whether all of the held-out text was."""
     activity: Sequence[Activity]
     refitted: dict[str, Tensor]
-    """Values of the merged layer's refitted parameters, by their names in the layer."""
+    """Values of the merged layer's refitted parameters, by their names in the layer; emptied once another is better."""
 
     def measure(self, wanted: Sequence[int]) -> Sequence[Activity]:
         """The activity by which the members were judged."""
@@ -211,7 +218,7 @@ class _Bench:
 
     def look(self, looks: Sequence[Look], lineage: Lineage, rivals: Iterable[_Candidate]) -> dict[Look, _Candidate]:
         """Tries pairs and operators; one that is clearly worse than the best so far may be judged by half the text."""
-        best = min((rival.damage for rival in rivals if rival.judged), default=inf)
+        leader = min((rival for rival in rivals if rival.judged), key=lambda one: one.loss, default=None)
         place_of = {ancestors[-1]: place for place, ancestors in enumerate(lineage)}
         found: dict[Look, _Candidate] = {}
         activities: dict[int, Sequence[Activity]] = {}
@@ -221,9 +228,14 @@ class _Bench:
                 activities[place] = self._activity(place)
             activity = activities.get(place, ()) if operator.needs_activity else ()
             target = self._targets[lineage[place + 1][-1]]
-            candidate = self._try(place, operator, activity, target, best + CLEARLY_WORSE)
-            found[end, number] = candidate
-            best = min(best, candidate.damage) if candidate.judged else best
+            limit = inf if leader is None else leader.damage + CLEARLY_WORSE
+            candidate = found[end, number] = self._try(place, operator, activity, target, limit)
+            if not candidate.judged or (leader is not None and candidate.loss >= leader.loss):
+                candidate.refitted.clear()
+                continue
+            if leader is not None:
+                leader.refitted.clear()
+            leader = candidate
         return found
 
     def _activity(self, place: int) -> Sequence[Activity]:

@@ -44,6 +44,7 @@ class Stream:
         """Which tokens of every batch count, [B, T]; None = all."""
         self._layers = layout.layers_of(model)
         self._norm = layout.final_norm
+        self._kinds = {layer: self._kind_of(layer) for layer in self._layers}
         # By the module, not by its number: numbers move when layers go, modules do not.
         self._arguments: list[dict[nn.Module, Arguments]] = []
         with evaluating(model), _passing_through(self._layers) as calls:
@@ -55,9 +56,18 @@ class Stream:
 
     def run(self, layer: nn.Module, index: int, state: Tensor | None = None) -> Tensor:
         """What `layer` makes of batch `index`, which stays where it is; in eval mode, without gradients."""
-        positional, named = self._arguments[index][layer]
+        positional, named = self._arguments[index][self._like(layer)]
         with evaluating(layer):
             return stream_of(layer(self.states[index] if state is None else state, *positional, **named))
+
+    def _kind_of(self, layer: nn.Module) -> tuple[object, ...]:
+        number = next(number for number, other in enumerate(self._layers) if other is layer)
+        return layout_of(self.model.config).kind_of(self.model.config, number)
+
+    def _like(self, layer: nn.Module) -> nn.Module:
+        """Whose masks and positions are the layer's: a merge may have made it one of another kind."""
+        kind = self._kind_of(layer)
+        return layer if self._kinds[layer] == kind else next(other for other, its in self._kinds.items() if its == kind)
 
     def advance(self, layer: nn.Module) -> None:
         """Moves every batch through one layer."""

@@ -5,7 +5,8 @@
                         pieces of 2,000 characters from DATA/text/openstax.jsonl, shuffled; the same at every call
     calibration.jsonl   both of them, half and half by characters
 
-DATA holds text/*.jsonl with {"text"} in every row and eval/wikitext2_tokens_valid.txt.
+DATA holds text/*.jsonl with {"text"} in every row and eval/wikitext2_tokens_valid.txt. The tasks by which a student is
+judged afterwards (eval/piqa.jsonl, eval/arc_easy.jsonl) are described in quality.py.
 """
 
 import argparse

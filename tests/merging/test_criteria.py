@@ -23,6 +23,7 @@ from lcprune.merging.criteria import (
 )
 from lcprune.merging.lineage import MergeStep
 from tests.builders import FAMILIES, Family, tiny_llama, token_batches
+from tests.merging.planning import masked
 
 CRITERIA: tuple[Criterion, ...] = (BlockInfluence(), AngularDistance(), OutputSimilarity(), TrialPerplexity())
 DROP_FIRST = {"class_path": "Drop", "init_args": {"keep": "first"}}
@@ -136,6 +137,16 @@ def test_output_similarity_is_one_minus_the_cosine_of_flattened_last_states_per_
             state = model(ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
     expected = 1 - cosine_similarity(state.flatten(1), reference.flatten(1), dim=-1).mean().item()
     assert scores[3] == pytest.approx(expected, abs=1e-6)
+
+
+def test_output_similarity_leaves_padding_out():
+    found = []
+    for filler in (5, 50):
+        batches = masked()
+        for batch in batches:
+            batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, filler)
+        found.append(OutputSimilarity().score(Calibration(tiny_llama(), batches)))
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_output_similarity_of_the_original_itself_is_zero():

@@ -1,18 +1,21 @@
 """Refits repair what a merge broke, change nothing where nothing is broken, and never make it worse."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Batch
+from lcprune.merging.collapse import collapse, execute
 from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, WeightedAverage, spec_of
 from lcprune.merging.refit import MagnitudeCompensation, Refit, RidgeRefit
+from lcprune.merging.refit import spec_of as spec_of_refit
 from lcprune.merging.streams import Stream
 from tests.builders import ALL_FAMILIES, FAMILIES, Family, tiny_llama, token_batches
 from tests.merging.planning import assert_same, layers_of, weights_of
@@ -166,20 +169,34 @@ def test_ridge_ignores_masked_tokens():
     assert_same(*results)
 
 
+def _length(states: list[Tensor]) -> float:
+    return float(torch.cat([state.norm(dim=-1).flatten() for state in states]).mean())
+
+
 def test_magnitude_compensation_gives_the_stream_its_length_back():
     student, teacher, lineage = _merged(Drop("first"), (1, 2, 3))
-    theirs, ours = _states(teacher), _states(student)
-
-    def length(states: list[Tensor]) -> float:
-        return float(torch.cat([state.norm(dim=-1).flatten() for state in states]).mean())
-
-    factor = length(theirs[3]) / length(ours[1])
+    factor = _length(_states(teacher)[3]) / _length(_states(student)[1])
     expected = [layers_of(student)[place].mlp.down_proj.weight / factor for place in (2, 3)]
     first = layers_of(student)[1].mlp.down_proj.weight.detach().clone()
     _refit(MagnitudeCompensation(), student, teacher, lineage)
     for place, weight in zip((2, 3), expected, strict=True):
         torch.testing.assert_close(layers_of(student)[place].mlp.down_proj.weight, weight)
     torch.testing.assert_close(layers_of(student)[1].mlp.down_proj.weight, first)
+
+
+@pytest.mark.parametrize("second", [(2, 3), (1, 2)], ids=["behind", "takes in the first"])
+def test_magnitude_compensation_again_replaces_the_factor_of_an_earlier_merge(second: tuple[int, int]):
+    student, teacher, lineage = _merged(Drop("first"), (1, 2))
+    _refit(MagnitudeCompensation(), student, teacher, lineage)
+    step = MergeStep(second, spec_of(Drop("first")), (1.0, 0.0))
+    surgery.apply(student, step)
+    lineage = MergeHistory(6, (MergeStep((1, 2), spec_of(FIRST), (1.0, 0.0)), step)).lineage
+    base = step.base
+    factor = _length(_states(teacher)[lineage[base][-1]]) / _length(_states(student)[base])
+    MagnitudeCompensation().refit(Stream(student, BATCHES), Stream(teacher, BATCHES), lineage, [base])
+    for place in range(base + 1, 4):
+        original = layers_of(teacher)[lineage[place][0]].mlp.down_proj.weight
+        torch.testing.assert_close(layers_of(student)[place].mlp.down_proj.weight, original / factor)
 
 
 def test_refit_restores_the_mode_of_every_module():
@@ -200,8 +217,31 @@ def test_ridge_refuses_what_it_cannot_do(field: str, value: object):
         RidgeRefit(**{field: value})  # type: ignore[arg-type]
 
 
-def test_ridge_needs_two_sequences_to_choose_a_strength():
-    student, teacher, lineage = _merged()
+def test_ridge_needs_two_sequences_to_choose_a_strength_and_says_so_before_anything_is_merged():
+    student = tiny_llama()
     one: list[Batch] = [{"input_ids": token_batches(1, 1, 16)[0]}]
+    history = MergeHistory(6, (MergeStep((2, 3), spec_of(FIRST), (1.0, 0.0), refit=spec_of_refit(RidgeRefit())),))
     with pytest.raises(InputError, match="calibration_blocks"):
-        RidgeRefit().refit(Stream(student, one), Stream(teacher, one), lineage, [2])
+        collapse(student, one, target_depth=4, refit=RidgeRefit())
+    with pytest.raises(InputError, match="calibration_blocks"):
+        execute(student, history, one)
+    assert len(layers_of(student)) == 6
+    collapse(student, one, target_depth=5, refit=WEAK)
+
+
+def test_ridge_writes_what_the_stream_lacks_where_branches_are_scaled_on_their_way():
+    # Granite adds 0.25 times what a branch writes: the change of the weights is four times that.
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 97, "initializer_range": 0.2}
+    heads = {"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = GraniteConfig(**sizes, **heads, residual_multiplier=0.25, pad_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(config)
+    student, step = deepcopy(teacher), MergeStep((2, 3), spec_of(FIRST), (1.0, 0.0))
+    surgery.apply(student, step)
+    refit, lineage = RidgeRefit(layers="merged", projections="mlp", strengths=[1e-6]), MergeHistory(6, (step,)).lineage
+    moved = []
+    for _ in range(2):
+        before = layers_of(student)[2].mlp.down_proj.weight.detach().clone()
+        refit.refit(Stream(student, BATCHES), Stream(teacher, BATCHES), lineage, [2])
+        moved.append((layers_of(student)[2].mlp.down_proj.weight - before).norm().item())
+    assert moved[1] < 1e-2 * moved[0]

@@ -44,6 +44,12 @@ def test_solution_does_not_depend_on_how_tokens_are_split():
     torch.testing.assert_close(_sums(inputs, lacking).solve(0.1), _sums(inputs, lacking, parts=4).solve(0.1))
 
 
+def test_sums_do_not_take_the_precision_of_a_run():
+    plainly = _sums(*_random())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _sums(*_random()).error(plainly.solve(0.1)) == plainly.error(plainly.solve(0.1))
+
+
 def test_two_sets_of_tokens_add_up():
     inputs, lacking = _random()
     both = _sums(inputs[:10], lacking[:10]) + _sums(inputs[10:], lacking[10:])

@@ -18,16 +18,18 @@ from lcprune.merging.refit import RidgeRefit
 from lcprune.merging.remeasure import measure_activity
 from lcprune.merging.search import RefitSearch
 from lcprune.merging.streams import Stream, regrouped
-from tests.builders import tiny_llama, token_batches
+from tests.builders import Family, tiny_llama, token_batches
 from tests.merging.planning import assert_same, groups_of, weights_of
 
 BATCHES: list[Batch] = [{"input_ids": ids} for ids in token_batches(6, 2, 24)]
 FIRST, LAST = Drop("first"), Drop("last")
 
 
-def _by_hand(group: tuple[int, int], operator: Operator, fitting: list[Batch], judges: list[Batch]) -> float:
+def _by_hand(
+    group: tuple[int, int], operator: Operator, fitting: list[Batch], judges: list[Batch], family: Family = "llama"
+) -> float:
     """Held-out loss after this merge and a refit of its MLP projection alone."""
-    student, teacher = tiny_llama(5), tiny_llama(5)
+    student, teacher = tiny_llama(5, model_type=family), tiny_llama(5, model_type=family)
     step = MergeStep(group, spec_of(operator), (0.5, 0.5))
     surgery.apply(student, step, lambda wanted: measure_activity(student, fitting, wanted))
     refit = RidgeRefit(layers="merged", projections="mlp", strengths=[0.1])
@@ -48,6 +50,17 @@ def test_search_finds_what_brute_force_finds_on_five_layers():
     assert step.group == best
     assert step.operator == spec_of(operator)
     assert step.scores["perplexity_after_refit"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2"])
+def test_search_runs_a_merged_layer_as_the_kind_that_it_has_become(monkeypatch: pytest.MonkeyPatch, family: Family):
+    monkeypatch.setattr(search_module, "CLEARLY_WORSE", 1e3)
+    search = RefitSearch(fit_sequences=9, held_out_sequences=3)
+    fitting, judges = search._split(BATCHES)
+    (step,) = search.plan(Calibration(tiny_llama(5, model_type=family), BATCHES), LAST, 4)
+    losses = [_by_hand((base, base + 1), LAST, fitting, judges, family) for base in range(4)]
+    assert step.base == losses.index(min(losses))
+    assert step.scores["perplexity_after_refit"] == pytest.approx(torch.tensor(min(losses)).exp().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("target", [1, 3, 5])

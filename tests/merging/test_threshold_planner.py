@@ -10,11 +10,15 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
+from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Calibration
+from lcprune.merging.calibration import Calibration, hidden_states
+from lcprune.merging.concat import Concat
+from lcprune.merging.criteria import OutputSimilarity
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage
 from lcprune.merging.planners import ThresholdPlanner
+from lcprune.merging.remeasure import measure_activity
 from tests.builders import FAMILIES, Family, tiny_llama, token_batches
 from tests.merging.planning import groups_of, layers_of, plain
 
@@ -71,6 +75,19 @@ SEARCHES = [
     (ThresholdPlanner(2, threshold=0.6, highest=6, lowest=2), 1, Rdsc()),
     (ThresholdPlanner(3, threshold=-1.0), 4, ReplaceWithLast()),
 ]
+
+
+def test_threshold_planner_measures_what_an_operator_chooses_by():
+    model, operator = tiny_llama(n_layers=8), Concat()
+    planner = ThresholdPlanner(2, threshold=-1.0)
+    steps = planner.plan(Calibration(model, plain()), operator, 6)
+    surgery.apply_all(model, steps, lambda wanted: measure_activity(model, plain(), wanted))
+    original = Calibration(model, plain(), tiny_llama(n_layers=8))
+    with torch.no_grad():
+        states = [hidden_states(model, batch) for batch in plain()]
+    assert groups_of(steps) == [(6, 7), (4, 5)]
+    expected = OutputSimilarity().measure(original, states)
+    assert steps[-1].scores["OutputSimilarity"] == pytest.approx(expected, abs=1e-5)
 
 
 # Without `original`, the reference must be taken before the first trial: inside it the candidate would be its own.
