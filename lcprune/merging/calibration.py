@@ -278,7 +278,9 @@ class SpanSums:
             depth: Layers of the model.
         """
         if not 1 <= min(spans) <= max(spans) <= depth:
-            raise InputError(f"spans={list(spans)} must lie between 1 and the model's {depth} layers.")
+            raise InputError(
+                f"spans={list(spans)} must lie between 1 and the model's {depth} layers: compare states less far apart."
+            )
         self._sums = {n: torch.zeros(2, depth + 1 - n, dtype=torch.float64) for n in spans}
 
     def add(self, span: int, boundary: int, before_ND: Tensor, after_ND: Tensor) -> None:

@@ -21,6 +21,9 @@ so that every kept unit sees exactly what it saw in its own layer. Two kinds of 
 by the number of units that each member keeps: those of queries and keys (one vector for all heads; where there is a
 vector over all heads, every slice of it moves with its head) and those between a consumer and the stream.
 
+A kept head gets another number. Where positions are slopes that belong to a head's number (ALiBi) it looks further or
+less far than it did in its own layer.
+
 Legend: `M` members, `N` units, `O` outputs and `D` inputs of a producer, `I` inputs of a consumer.
 """
 

@@ -218,7 +218,7 @@ class ThresholdPlanner(Planner):
     lowest: int = 1
     """L: the lowest layer that may be a base."""
     highest: int | None = None
-    """H: the search starts at base H - C; None = the depth."""
+    """H: the search starts at base H - C; None, or more than there are = the depth."""
     interval: int = 2
     """I: how far the base moves down after a merge."""
     threshold: float = 0.65
@@ -240,7 +240,10 @@ class ThresholdPlanner(Planner):
     def check(self, depth: int, target: int) -> None:
         """The range lies inside the model."""
         if self.lowest >= depth - 1:
-            raise InputError(f"lowest={self.lowest} leaves no layers to merge in a model of {depth}.")
+            raise InputError(
+                f"lowest={self.lowest} of ThresholdPlanner leaves no layers to merge in a model of {depth}: it must be "
+                f"below {depth - 1}."
+            )
 
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """Accepted merges in the order found; fewer than the target asks for if the threshold stops them."""

@@ -153,5 +153,7 @@ def test_threshold_planner_names_all_wrong_settings_at_once():
 
 @pytest.mark.parametrize("lowest", [5, 9])
 def test_threshold_planner_refuses_a_range_above_the_model(lowest: int):
-    with pytest.raises(InputError, match=f"lowest={lowest} leaves no layers to merge in a model of 6"):
+    with pytest.raises(
+        InputError, match=f"lowest={lowest} of ThresholdPlanner leaves no layers to merge in a model of 6"
+    ):
         ThresholdPlanner(lowest=lowest).check(6, 3)
