@@ -12,10 +12,12 @@ from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Batch
 from lcprune.merging.collapse import collapse, execute
+from lcprune.merging.concat import Concat
 from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
-from lcprune.merging.operators import Drop, Operator, WeightedAverage, spec_of
+from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
 from lcprune.merging.refit import MagnitudeCompensation, Refit, RidgeRefit
 from lcprune.merging.refit import spec_of as spec_of_refit
+from lcprune.merging.remeasure import measure_activity
 from lcprune.merging.streams import Stream
 from tests.builders import ALL_FAMILIES, FAMILIES, Family, tiny_llama, token_batches
 from tests.merging.planning import assert_same, layers_of, weights_of
@@ -32,7 +34,7 @@ def _merged(operator: Operator = FIRST, *groups: tuple[int, ...], family: Family
         MergeStep(group, spec_of(operator), [1 / len(group)] * len(group))  # type: ignore[arg-type]
         for group in groups or ((2, 3),)
     ]
-    surgery.apply_all(student, steps)
+    surgery.apply_all(student, steps, lambda wanted: measure_activity(student, BATCHES, wanted))
     return student, teacher, MergeHistory(6, steps).lineage  # type: ignore[arg-type]
 
 
@@ -50,9 +52,11 @@ def _states(model: PreTrainedModel, batches: Sequence[Batch] = BATCHES) -> list[
     return found
 
 
-def _errors(student: PreTrainedModel, teacher: PreTrainedModel, lineage: Lineage) -> list[float]:
+def _errors(
+    student: PreTrainedModel, teacher: PreTrainedModel, lineage: Lineage, batches: Sequence[Batch] = BATCHES
+) -> list[float]:
     """Squared distance to the teacher's stream behind every student layer."""
-    ours, theirs = _states(student), _states(teacher)
+    ours, theirs = _states(student, batches), _states(teacher, batches)
     return [
         sum((a - b).square().sum().item() for a, b in zip(ours[place], theirs[ancestors[-1]], strict=True))
         for place, ancestors in enumerate(lineage)
@@ -77,7 +81,9 @@ def test_ridge_serves_every_family(family: Family):
     )
 
 
-@pytest.mark.parametrize("operator", [Drop("first"), Drop("last"), WeightedAverage()])
+@pytest.mark.parametrize(
+    "operator", [Drop("first"), Drop("last"), WeightedAverage(), Rdsc(), ReplaceWithLast(), Concat(), Concat("joint")]
+)
 def test_ridge_lowers_the_error_after_every_operator(operator: Operator):
     student, teacher, lineage = _merged(operator, (3, 4), (1, 2))
     before = _errors(student, teacher, lineage)
@@ -92,6 +98,18 @@ def test_nothing_changes_where_the_student_is_the_teacher(refit: Refit):
     student, teacher = tiny_llama(), tiny_llama()
     refit.refit(Stream(student, BATCHES), Stream(teacher, BATCHES), MergeHistory(6).lineage, [2])
     assert_same(student, teacher)
+
+
+@pytest.mark.parametrize("operator", [Drop("first"), WeightedAverage(), Concat()])
+@pytest.mark.parametrize("text", [2, 4], ids=["little text", "more"])
+def test_ridge_as_it_comes_raises_no_error_behind_a_merge(operator: Operator, text: int):
+    student, teacher, lineage = _merged(operator, (3, 4), (1, 2))
+    few = [{"input_ids": batch["input_ids"][:2, :24]} for batch in BATCHES[:text]]
+    before = _errors(student, teacher, lineage, few)
+    merged = [place for place, ancestors in enumerate(lineage) if len(ancestors) > 1]
+    RidgeRefit().refit(Stream(student, few), Stream(teacher, few), lineage, merged)
+    after = _errors(student, teacher, lineage, few)
+    assert all(late <= early for late, early in zip(after, before, strict=True))
 
 
 def test_ridge_is_least_squares_where_it_hardly_shrinks():
