@@ -10,6 +10,7 @@ callback, so the checkpoint of that step contains it, and a run that resumes doe
 no state; history and standing are the module's.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 
@@ -93,9 +94,7 @@ class ProgressiveCollapse(Callback):
                 "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
                 "calibration_batches(), like lcprune.TextDataModule."
             )
-        for refit in (self.refit, *(stage.refit for stage in self.stages)):
-            if refit is not None:
-                refit.check_text(trainer.datamodule.calibration_batches())  # type: ignore[attr-defined]
+        self._check_text(trainer.datamodule.calibration_batches())  # type: ignore[attr-defined]
         if self.schedule.by_validation and not is_overridden("val_dataloader", trainer.datamodule):  # type: ignore[attr-defined]
             raise InputError(f"{self.schedule} looks at validations, and the data module has no val_dataloader().")
 
@@ -165,6 +164,13 @@ class ProgressiveCollapse(Callback):
             method.operator.check(layout)
             if method.refit is not None:
                 method.refit.check(layout)
+
+    def _check_text(self, batches: Sequence[Batch]) -> None:
+        """There is enough of it for every planner and refit."""
+        parts = [self.planner, self.refit, *(part for stage in self.stages for part in (stage.planner, stage.refit))]
+        for part in parts:
+            if part is not None:
+                part.check_text(batches)
 
     def method(self, target: int) -> Method:
         """Planner, operator and refit of a merge down to a depth."""

@@ -73,6 +73,7 @@ def plan(
     planner = planner if planner is not None else OneShotRanking()
     operator = operator if operator is not None else Drop()
     check(model, budget, planner, operator, refit)
+    planner.check_text(batches)
     if refit is not None:
         refit.check_text(batches)
     target = budget.depth(model)

@@ -23,7 +23,7 @@ from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
 from lcprune.merging.architectures import LayerLayout
-from lcprune.merging.calibration import Calibration
+from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity, ranking
 from lcprune.merging.lineage import Lineage, MergeStep
 from lcprune.merging.operators import Operator, spec_of
@@ -43,6 +43,9 @@ class Planner:
 
     def check_family(self, layout: LayerLayout) -> None:
         """Raises InputError for a family that this planner cannot serve, before weights are loaded."""
+
+    def check_text(self, batches: Sequence[Batch]) -> None:
+        """Raises InputError for calibration text that this planner can do nothing with."""
 
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """The steps that take the model from its depth to `target` layers, or as near as the method allows.

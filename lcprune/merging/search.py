@@ -87,6 +87,14 @@ class RefitSearch(Planner):
         for each in self.also:
             each.check(layout)
 
+    def check_text(self, batches: Sequence[Batch]) -> None:
+        """There is something to fit on, and something else to judge by."""
+        if len(one_by_one(batches)) < 2:
+            raise InputError(
+                "RefitSearch has one calibration sequence and needs some to fit and others to judge by: raise "
+                "data.calibration_blocks."
+            )
+
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """One pair per step, the best found; the model is restored bit for bit.
 
@@ -94,6 +102,7 @@ class RefitSearch(Planner):
             InputError: If there are fewer than two calibration sequences, or the family's MLPs consist of experts.
         """
         self.check_family(calibration.layout)
+        self.check_text(calibration.batches)
         operator.check(calibration.layout)
         fitting, held_out = self._split(calibration.batches)
         operators = [operator, *(other for other in self.also if other != operator)]
@@ -135,11 +144,6 @@ class RefitSearch(Planner):
     def _split(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         """Sequences to fit on, and two halves to judge by, both spread over the calibration text."""
         single = one_by_one(batches)
-        if len(single) < 2:
-            raise InputError(
-                "RefitSearch has one calibration sequence and needs some to fit and others to judge by: raise "
-                "data.calibration_blocks."
-            )
         wanted = min(self.fit_sequences + self.held_out_sequences, len(single))
         single = [single[place * len(single) // wanted] for place in range(wanted)]
         judges = held_out_sequences(wanted, self.held_out_sequences / (self.fit_sequences + self.held_out_sequences))

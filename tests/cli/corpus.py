@@ -25,6 +25,14 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
         {"trainer__callbacks": 2 * [of("lightning.pytorch.callbacks.ModelCheckpoint", every_n_train_steps=3)]},
         ("trainer.callbacks holds ModelCheckpoint twice", "leave one of them out"),
     ),
+    "refit with one sequence of text": (
+        {"collapse__refit": "RidgeRefit", "data__calibration_blocks": 1},
+        ("RidgeRefit has one calibration sequence", "data.calibration_blocks", "one strength"),
+    ),
+    "search with one sequence of text": (
+        {"collapse__planner": "RefitSearch", "data__calibration_blocks": 1},
+        ("RefitSearch has one calibration sequence", "data.calibration_blocks"),
+    ),
     "misspelt section": ({"modle": {"teacher": "x"}}, ("modle", "did you mean model")),
     "misspelt argument of a class": (
         {"collapse__schedule": of("Evenly", target_dept=4)},
