@@ -120,6 +120,7 @@ class RidgeRefit(Refit):
                     teacher.advance(ancestor)
             student.advance(layers[place])
 
+    @torch.no_grad()
     def refit_layer(self, student: Stream, teacher: Stream, layer: nn.Module, ancestors: Sequence[nn.Module]) -> None:
         """Refits one layer; leaves the teacher behind its last ancestor and the student before the layer."""
         layout = layout_of(student.model.config)
@@ -153,6 +154,7 @@ class RidgeRefit(Refit):
             teacher.leave(ancestor)
         min(fits, key=lambda fit: fit.energy).solve()
 
+    @torch.no_grad()
     def refit_mlp(self, student: Stream, teacher: Stream, layer: nn.Module) -> None:
         """Towards the teacher's stream behind the last ancestor."""
         branch = layout_of(student.model.config).mlp
@@ -183,7 +185,7 @@ class _Fit:
         if branch.norm_after:
             norm = layer.get_submodule(branch.norm_after)
             assert isinstance(norm.weight, Tensor)
-            self._gain_D = norm.weight.float() + layout.norm_offset
+            self._gain_D = norm.weight.detach().float() + layout.norm_offset
         inputs = self._weight_DI.shape[1] + (self._bias is not None)
         shape = (inputs, self._weight_DI.shape[0], self._weight_DI.device)
         self._fitted, self._held_out = Sums.zeros(*shape), Sums.zeros(*shape)
