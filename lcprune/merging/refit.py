@@ -280,9 +280,9 @@ class MagnitudeCompensation(Refit):
         for place in track(range(len(layers)), "compensating magnitudes"):
             if factor is not None:
                 if len(lineage[place]) == 1:
-                    original = originals[lineage[place][0]]
-                    adds = _mean_step(teacher, original, teacher.states)
-                    shortened = adds / _mean_step(student, layers[place], teacher.states)
+                    theirs = _mean_step(teacher, originals[lineage[place][0]], teacher.states)
+                    ours = _mean_step(student, layers[place], teacher.states)
+                    shortened = theirs / ours if theirs and ours else shortened  # an attention may add nothing
                 _scale_contributions(layers[place], layout, shortened / factor)
             for index in lineage[place]:
                 teacher.advance(originals[index])

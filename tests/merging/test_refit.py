@@ -217,6 +217,16 @@ def test_magnitude_compensation_again_replaces_the_factor_of_an_earlier_merge(se
         torch.testing.assert_close(layers_of(student)[place].mlp.down_proj.weight, original / factor)
 
 
+def test_magnitude_compensation_passes_a_layer_whose_attention_adds_nothing():
+    student, teacher, lineage = _merged(FIRST, (1, 2))
+    for model, place in ((student, 2), (teacher, 3)):
+        layers_of(model)[place].self_attn.o_proj.weight.data.zero_()
+    factor = _length(_states(teacher)[2]) / _length(_states(student)[1])
+    expected = layers_of(student)[2].mlp.down_proj.weight / factor
+    _refit(MagnitudeCompensation(), student, teacher, lineage)
+    torch.testing.assert_close(layers_of(student)[2].mlp.down_proj.weight, expected)
+
+
 def test_refit_restores_the_mode_of_every_module():
     student, teacher, lineage = _merged()
     student.train()
