@@ -127,7 +127,7 @@ class LayerLayout:
 
 
 def residual_scale(config: PretrainedConfig) -> float:
-    """By what a model multiplies all that its branches write into the stream (Granite)."""
+    """By what a model multiplies all that its branches write into the stream (transformers' GraniteDecoderLayer)."""
     return float(getattr(config, "residual_multiplier", 1.0))
 
 
