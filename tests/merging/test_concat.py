@@ -108,19 +108,24 @@ def test_concat_is_the_sum_of_the_kept_units_contributions(family: Family):
         assert merged.abs().max() > 1e-3
 
 
-def test_tiled_heads_as_published_would_fail_that_test():
+def test_query_heads_are_paired_as_the_model_pairs_them_not_tiled_as_published():
     """Query head j belongs to KV head j // n_rep: the published code's mask pairs them the other way round."""
     model = tiny_llama()
     layout = layout_of(model.config)
-    _, masks = _choices(model, layout)
+    activity, masks = _choices(model, layout)
     given = torch.randn(*IDS.shape, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     heads, width = layout.kv_heads_of(model.config), len(masks[layout.attention][0])
     head_dim = width // model.config.num_attention_heads
-    tiled = (torch.arange(width) // head_dim) % heads % 2 == 0
-    right, wrong = (
-        _contribution(model, BASE, layout.attention, given, kept) for kept in (masks[layout.attention][0], tiled)
+    tiled = [(torch.arange(width) // head_dim) % heads % 2 == place for place in (0, 1)]
+    paired, published = (
+        sum(_contribution(model, BASE + m, layout.attention, given, kept) for m, kept in enumerate(both))
+        for both in (masks[layout.attention], tiled)
     )
-    assert (right - wrong).norm() / right.norm() > 0.1
+    step = MergeStep((BASE, BASE + 1), spec_of(Concat(selection="joint")), (0.5, 0.5))
+    surgery.apply(model, step, lambda wanted: activity)
+    merged = _contribution(model, BASE, layout.attention, given)
+    torch.testing.assert_close(merged, paired, rtol=1e-5, atol=1e-5)
+    assert (merged - published).norm() / published.norm() > 0.1
 
 
 def test_mean_norms_are_the_published_plain_average_and_are_not_exact():
