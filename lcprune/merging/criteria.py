@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from math import exp, isnan
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, ones_like
 from torch.nn.functional import cosine_similarity
 
 from lcprune.errors import InputError
@@ -121,7 +121,10 @@ class OutputSimilarity(TrialCriterion):
     """1 - cosine between the candidate's and the original's last states, flattened per sequence (LaCo)."""
 
     def measure(self, calibration: Calibration, states: Iterable[Tensor]) -> float:
-        """1 - mean over sequences of the cosine of flattened [T * D] states, padding left out."""
+        """1 - mean over sequences of the cosine of flattened [T * D] states.
+
+        Padding is left out, and so are sequences of nothing else.
+        """
         total, count = 0.0, 0
         for batch, state_BTD, original_BTD in zip(calibration.batches, states, calibration.reference, strict=True):
             mask_BT, original_BTD = mask_of(batch), original_BTD.to(state_BTD.device)
@@ -129,8 +132,9 @@ class OutputSimilarity(TrialCriterion):
                 padding_BT1 = ~mask_BT[..., None].to(state_BTD.device)
                 state_BTD, original_BTD = (each.masked_fill(padding_BT1, 0) for each in (state_BTD, original_BTD))
             cos_B = cosine_similarity(state_BTD.flatten(1).float(), original_BTD.flatten(1).float(), dim=-1)
-            total, count = total + cos_B.sum().item(), count + len(cos_B)
-        return 1 - total / count
+            read_B = ones_like(cos_B) if mask_BT is None else mask_BT.any(-1).to(cos_B)
+            total, count = total + (cos_B * read_B).sum().item(), count + int(read_B.sum())
+        return 1 - total / max(count, 1)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,11 @@ class TrialPerplexity(TrialCriterion):
 
 
 def perplexity(loss: float, tokens: int) -> float:
-    """exp(loss / tokens), infinite instead of an overflow."""
+    """exp(loss / tokens), infinite instead of an overflow; raises InputError if there are no tokens."""
+    if not tokens:
+        raise InputError(
+            "perplexity: no token of the text is scored (all are padding or labelled -100): give text that is."
+        )
     try:
         return exp(loss / tokens)
     except OverflowError:

@@ -137,7 +137,8 @@ class RidgeRefit(Refit):
     ) -> None:
         """Towards the ancestor whose stream after attention the student's is nearest to: of a `Drop`, the kept one.
 
-        Where attention and MLP read the same stream, or experts follow, towards the stream behind the last ancestor.
+        Where attention and MLP read the same stream, or experts follow, towards the stream behind the last ancestor;
+        before experts the old weights stay unless the error behind the layer falls.
         """
         branch = layout_of(student.model.config).attention
         fits = [_Fit(self, layer, branch, student) for _ in ancestors]
@@ -152,7 +153,17 @@ class RidgeRefit(Refit):
                 fit.see(index, written, teacher.states[index] if middle is None else middle, reached)
         for ancestor in ancestors:
             teacher.leave(ancestor)
-        min(fits, key=lambda fit: fit.energy).solve()
+        best = min(fits, key=lambda fit: fit.energy)
+        if layout_of(student.model.config).mlp is not None:
+            best.solve()
+            return
+        # Experts read what the attention writes: what the sums foretell need not come to pass behind them.
+        projection, before = layer.get_submodule(branch.consumer), _error_behind(student, teacher, layer)
+        old = [parameter.data for parameter in projection.parameters()]
+        best.solve()
+        if not _error_behind(student, teacher, layer) <= before:
+            for parameter, values in zip(projection.parameters(), old, strict=True):
+                parameter.data = values
 
     @torch.no_grad()
     def refit_mlp(self, student: Stream, teacher: Stream, layer: nn.Module) -> None:
@@ -165,6 +176,15 @@ class RidgeRefit(Refit):
             assert seen.mlp is not None
             fit.see(index, seen.mlp, target, seen.output_BTD)
         fit.solve()
+
+
+def _error_behind(student: Stream, teacher: Stream, layer: nn.Module) -> float:
+    """Weighted squared distance of the student's stream behind a layer from where the teacher's is."""
+    error = 0.0
+    for index, (target, mask) in enumerate(zip(teacher.states, student.masks, strict=True)):
+        e_BTD = target.float() - student.run(layer, index).float()
+        error += float((token_weights(target, mask) * e_BTD.square().sum(-1)).sum(dtype=torch.float64))
+    return error
 
 
 def _same_weights(layer: nn.Module, *ancestors: nn.Module) -> bool:

@@ -78,6 +78,8 @@ def token_weights(target_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     """
     energy_BT = target_BTD.float().square().sum(-1)
     counted = energy_BT if mask_BT is None else energy_BT[mask_BT]
+    if not len(counted):
+        return torch.zeros_like(energy_BT)
     weights_BT = (counted.median() / energy_BT.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1)
     return weights_BT if mask_BT is None else weights_BT * mask_BT
 

@@ -33,7 +33,7 @@ from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity, kv_heads_of, recording
 from lcprune.merging.architectures import LayerLayout
-from lcprune.merging.calibration import Batch, Calibration, token_loss
+from lcprune.merging.calibration import Batch, Calibration, next_tokens, token_loss
 from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Operator
 from lcprune.merging.planners import Planner, new_step, uniform, with_weight_cosines
@@ -88,11 +88,17 @@ class RefitSearch(Planner):
             each.check(layout)
 
     def check_text(self, batches: Sequence[Batch]) -> None:
-        """There is something to fit on, and something else to judge by."""
+        """There is something to fit on, and something else to judge by, with labels."""
         if len(one_by_one(batches)) < 2:
             raise InputError(
                 "RefitSearch has one calibration sequence and needs some to fit and others to judge by: raise "
                 "data.calibration_blocks."
+            )
+        _, held_out = self._split(batches)
+        if not any((next_tokens(batch) != -100).any() for batch in held_out):
+            raise InputError(
+                "RefitSearch judges by calibration sequences of which no token is scored (labels are -100): raise "
+                "planner.held_out_sequences, or calibrate on text with more labels."
             )
 
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:

@@ -40,8 +40,8 @@ class Stream:
         self.model = model
         self.states: list[Tensor] = []
         """The state [B, T, D] of every batch."""
-        self.masks = [mask_of(batch) for batch in batches]
-        """Which tokens of every batch count, [B, T]; None = all."""
+        self.masks: list[Tensor | None] = []
+        """Which tokens of every batch count, [B, T], where its state is; None = all."""
         self._layers = layout.layers_of(model)
         self._norm = layout.final_norm
         self._kinds = {layer: self._kind_of(layer) for layer in self._layers}
@@ -51,7 +51,9 @@ class Stream:
             for batch in batches:
                 calls.clear()
                 hidden_states(model, batch)
-                self.states.append(calls[0][1])
+                state, mask_BT = calls[0][1], mask_of(batch)
+                self.states.append(state)
+                self.masks.append(None if mask_BT is None else mask_BT.to(state.device))
                 self._arguments.append({module: arguments for module, _, arguments in calls})
 
     def run(self, layer: nn.Module, index: int, state: Tensor | None = None) -> Tensor:

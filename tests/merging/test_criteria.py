@@ -154,6 +154,15 @@ def test_output_similarity_of_the_original_itself_is_zero():
     assert OutputSimilarity().measure(calibration, calibration.reference) == pytest.approx(0, abs=1e-6)
 
 
+def test_output_similarity_counts_no_sequence_that_is_padding_alone():
+    batches = plain()
+    for batch in batches:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0] = 0
+    calibration = Calibration(tiny_llama(), batches)
+    assert OutputSimilarity().measure(calibration, calibration.reference) == pytest.approx(0, abs=1e-6)
+
+
 def test_output_similarity_of_opposite_states_is_two():
     calibration = Calibration(tiny_llama(), plain())
     opposite = [-state for state in calibration.reference]

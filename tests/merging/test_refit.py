@@ -17,6 +17,7 @@ from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
 from lcprune.merging.refit import MagnitudeCompensation, Refit, RidgeRefit
 from lcprune.merging.refit import spec_of as spec_of_refit
+from lcprune.merging.regression import token_weights
 from lcprune.merging.remeasure import measure_activity
 from lcprune.merging.streams import Stream
 from tests.builders import ALL_FAMILIES, FAMILIES, Family, tiny_llama, token_batches
@@ -112,6 +113,20 @@ def test_ridge_as_it_comes_raises_no_error_behind_a_merge(operator: Operator, te
     assert all(late <= early for late, early in zip(after, before, strict=True))
 
 
+@pytest.mark.parametrize("strength", [0.01, 0.1, 3.0])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_ridge_raises_no_error_behind_experts_that_read_what_the_attention_writes(family: Family, strength: float):
+    student, teacher, lineage = _merged(Rdsc(), (2, 3, 4, 5), family=family)
+
+    def error() -> float:
+        pairs = zip(_states(student)[2], _states(teacher)[5], strict=True)
+        return sum(float((token_weights(b, None) * (a - b).square().sum(-1)).sum()) for a, b in pairs)
+
+    before = error()
+    _refit(RidgeRefit(layers="merged", strengths=[strength]), student, teacher, lineage)
+    assert error() <= before
+
+
 def test_ridge_is_least_squares_where_it_hardly_shrinks():
     student, teacher, lineage = _merged()
     inputs: list[Tensor] = []
@@ -189,6 +204,30 @@ def test_ridge_ignores_masked_tokens():
 
 def _length(states: list[Tensor]) -> float:
     return float(torch.cat([state.norm(dim=-1).flatten() for state in states]).mean())
+
+
+def test_ridge_passes_a_batch_that_is_padding_alone():
+    """Such as an empty line, padded to a length beyond which batches are not joined."""
+    text: list[Batch] = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in token_batches(3, 1, 600)]
+    empty = {"input_ids": text[0]["input_ids"], "attention_mask": torch.zeros_like(text[0]["input_ids"])}
+    refitted = []
+    for batches in (text, [*text, empty]):
+        student, teacher, lineage = _merged()
+        refit = RidgeRefit(layers="merged", strengths=[0.1])
+        refit.refit(Stream(student, batches), Stream(teacher, batches), lineage, [2])
+        refitted.append(student)
+    assert_same(refitted[1], weights_of(refitted[0]))
+
+
+@pytest.mark.gpu
+def test_ridge_takes_masks_to_where_the_model_is():
+    batches: list[Batch] = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in BATCHES]
+    student, teacher, lineage = _merged()
+    RidgeRefit().refit(Stream(student.cuda(), batches), Stream(teacher.cuda(), batches), lineage, [2])
+    other, original, _ = _merged()
+    RidgeRefit().refit(Stream(other, batches), Stream(original, batches), lineage, [2])
+    ours, theirs = (layers_of(model)[2].mlp.down_proj.weight.detach().cpu() for model in (student, other))
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
 
 
 def test_magnitude_compensation_gives_the_stream_its_length_back():

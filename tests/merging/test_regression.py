@@ -103,6 +103,11 @@ def test_token_weights_are_literal():
     torch.testing.assert_close(token_weights(state, None), torch.tensor([[1.0, 1.0, 0.25, 0.01]]))
 
 
+def test_tokens_that_are_all_masked_weigh_nothing():
+    weights = token_weights(torch.ones(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool))
+    assert torch.equal(weights, torch.zeros(2, 3))
+
+
 def test_masked_tokens_weigh_nothing_and_move_no_median():
     state = torch.tensor([[[1.0, 0], [2, 0], [4, 0], [20, 0]]])
     mask = torch.tensor([[True, True, True, False]])

@@ -123,6 +123,12 @@ def test_search_needs_two_sequences():
         RefitSearch().plan(Calibration(tiny_llama(5), [{"input_ids": token_batches(1, 1)[0]}]), FIRST, 4)
 
 
+def test_search_needs_labels_to_judge_by():
+    batches = [{"input_ids": ids, "labels": torch.full_like(ids, -100)} for ids in token_batches(4, 1)]
+    with pytest.raises(InputError, match="held_out_sequences"):
+        RefitSearch().plan(Calibration(tiny_llama(5), batches), FIRST, 4)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("candidates", 0), ("fit_sequences", 0), ("held_out_sequences", 0), ("strength", 0.0)]
 )
