@@ -21,6 +21,9 @@ from lcprune.errors import RunError
 
 Loops = dict[str, object]
 
+POSITIONS = ({"epoch", "batch", "batches"}, {"round", "row", "batch"})
+"""By which keys the positions of our loaders (of blocks, of a stream) are known."""
+
 
 class StepBoundary:
     """The latest instant between two optimizer steps, kept while a step is under way."""
@@ -106,6 +109,6 @@ def before_batch(loops: Loops) -> Loops:
 
 
 def _put_back(loader: object) -> object:
-    if isinstance(loader, Mapping) and {"epoch", "batch", "batches"} <= set(loader) and loader["batch"]:
+    if isinstance(loader, Mapping) and any(ours <= set(loader) for ours in POSITIONS) and loader["batch"]:
         return {**loader, "batch": loader["batch"] - 1}
     return loader

@@ -1,8 +1,9 @@
 """A checkpoint from the middle of a step says where its weights belong: the step is begun anew."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -55,13 +56,19 @@ def _merges() -> ProgressiveCollapse:
 
 
 def _fit(
-    folder: Path, teacher: Path, text: Path, *callbacks: Callback, resume: Path | None = None, **settings: object
+    folder: Path,
+    teacher: Path,
+    text: Path,
+    *callbacks: Callback,
+    resume: Path | None = None,
+    stream: Mapping[str, object] = MappingProxyType({}),
+    **settings: object,
 ) -> DistillationModule:
     module = runs.student_of(teacher)
     torch.manual_seed(123 if resume else 0)
     usual = {"accumulate_grad_batches": WINDOW, "max_steps": STEPS}
     trainer = runs.trainer_for(folder, _merges(), *callbacks, **(usual | settings))
-    data = runs.data_for(teacher, text, validation_blocks=1)
+    data = runs.data_for(teacher, text, validation_blocks=1, **stream)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     return module
 
@@ -128,6 +135,20 @@ def test_checkpoints_of_a_resumed_run_resume_exactly(
     assert runs.equal(runs.weights_of(module), runs.weights_of(whole))
 
 
+def test_checkpoint_of_a_stream_between_micro_batches_resumes_exactly(dropping: Path, tmp_path: Path):
+    stream = {"streaming": True, "streaming_window": 4}
+    words = runs.write_text(tmp_path, words=240).read_text(encoding="utf-8").split()
+    text = tmp_path / "text.jsonl"
+    rows = [json.dumps({"text": " ".join(words[at : at + 12])}) for at in range(0, len(words), 12)]
+    text.write_text("\n".join(rows), encoding="utf-8")
+    whole = _fit(tmp_path / "whole", dropping, text, stream=stream)
+    stopping = At(4, "on_before_backward", _stop_with(tmp_path / "middle.ckpt"))
+    with pytest.raises(Stopped):
+        _fit(tmp_path, dropping, text, stopping, stream=stream)
+    module = _fit(tmp_path, dropping, text, resume=tmp_path / "middle.ckpt", stream=stream)
+    assert runs.equal(runs.weights_of(module), runs.weights_of(whole))
+
+
 def test_half_merged_student_is_not_saved(dropping: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise Stopped
@@ -163,9 +184,9 @@ def test_between_steps_nothing_is_rewound():
     assert checkpoint == {"loops": {"fit_loop": "as it is"}}
 
 
-def test_state_before_a_batch_is_one_batch_back():
+@pytest.mark.parametrize("position", [{"epoch": 1, "batch": 4, "batches": 7}, {"round": 0, "row": 9, "batch": 4}])
+def test_state_before_a_batch_is_one_batch_back(position: dict[str, int]):
     counts = {"ready": 4, "started": 3, "processed": 3, "completed": 3}
-    position = {"epoch": 1, "batch": 4, "batches": 7}
     loops = {
         "state_dict": {"combined_loader": [position, {"of": "another kind"}]},
         "epoch_loop.batch_progress": {"total": counts, "current": counts, "is_last_batch": True},
