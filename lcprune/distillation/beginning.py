@@ -50,7 +50,7 @@ def history_of(folder: Path, teacher: str, depth: int) -> MergeHistory:
             f"model.student={str(folder)!r} holds no weights (*.safetensors): it is not whole, export anew."
         )
     history = MergeHistory.load(folder / HISTORY)
-    if history.teacher not in ("", demo.public_name(teacher)):
+    if history.teacher and not _same_model(history.teacher, demo.public_name(teacher)):
         raise InputError(
             f"model.student={str(folder)!r} descends from {history.teacher!r}, model.teacher is {teacher!r}: name that "
             "teacher."
@@ -66,6 +66,12 @@ def history_of(folder: Path, teacher: str, depth: int) -> MergeHistory:
         )
     steps = tuple(replace(step, global_step=None) for step in history.steps)
     return replace(history, steps=steps, teacher=teacher)
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two names, of folders or on the hub, mean the same."""
+    folders = Path(one), Path(other)
+    return one == other or (all(map(Path.is_dir, folders)) and folders[0].resolve() == folders[1].resolve())
 
 
 def take_over(student: PreTrainedModel, folder: Path, history: MergeHistory, dtype: DtypeName) -> bool:

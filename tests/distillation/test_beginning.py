@@ -136,6 +136,13 @@ def test_packed_base_is_refused(tiny_folder: Path, short: Path):
         runs.student_of(tiny_folder, student=short, train="lora", lora=Lora(base="nf4"))
 
 
+def test_teacher_may_be_spelled_in_another_way(tiny_folder: Path, short: Path, monkeypatch: pytest.MonkeyPatch):
+    expected = runs.student_of(tiny_folder, student=short).history.depth
+    monkeypatch.chdir(tiny_folder.parent)
+    for spelled in (Path(tiny_folder.name), tiny_folder.parent / "." / tiny_folder.name, f"{tiny_folder}/"):
+        assert DistillationModule(teacher=str(spelled), student=short).history.depth == expected
+
+
 def test_folder_of_another_kind_is_one_sentence(tiny_folder: Path, short: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"model\.student=.* holds no history\.json"):
         _ = runs.student_of(tiny_folder, student=tiny_folder).history
