@@ -1,13 +1,15 @@
-"""`--ckpt_path last`: the newest checkpoint of the run's folder that is whole."""
+"""`--ckpt_path last`: the newest checkpoint of the run's folder that is whole and serves."""
 
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lcprune.distillation.checkpoint import goes_on
 from lcprune.distillation.storing import SUFFIX, first_whole
 from lcprune.errors import InputError
 
@@ -20,17 +22,47 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     Raises:
         InputError: There are checkpoints and none of them is whole.
     """
+    return _last(trainer, lambda _: True)
+
+
+def last_state(trainer: Trainer) -> Path | None:
+    """As `last_checkpoint`, the newest that a run can go on from: those of weights alone are passed over, too.
+
+    Raises:
+        InputError: There are checkpoints and none of them is such.
+    """
+    return _last(trainer, goes_on)
+
+
+def _last(trainer: Trainer, serves: Callable[[Path], bool]) -> Path | None:
     folders = checkpoint_folders(trainer)
-    path, skipped = first_whole(path for folder in folders for path in folder.glob(f"*{SUFFIX}"))
-    damaged = ", ".join(map(str, skipped))
+    paths = [path for folder in folders for path in folder.glob(f"*{SUFFIX}")]
+    path, skipped = first_whole(paths)
+    weights: list[Path] = []
+    while path is not None and not serves(path):
+        weights.append(path)
+        path, skipped = first_whole(other for other in paths if other not in weights)
+    passed = [f"{_listed(skipped)} newer, but not whole"] if skipped else []
+    passed += [f"{_listed(weights)} newer, but weights without the optimizer's state"] if weights else []
     if path is not None:
-        note = f" ({damaged} newer, but not whole)" if skipped else ""
+        note = f" ({'; '.join(passed)})" if passed else ""
         _say(f"--ckpt_path last: {path}{note}")
+    elif weights:
+        raise InputError(
+            f"ckpt_path=last: {_listed(weights)} holds weights without the optimizer's state (save_weights_only), and "
+            "no other checkpoint is whole: export its student (lcprune export) and begin with it (model.student)."
+        )
     elif skipped:
-        raise InputError(f"ckpt_path=last: no checkpoint is whole ({damaged}): start a new run without ckpt_path.")
+        raise InputError(
+            f"ckpt_path=last: no checkpoint is whole ({_listed(skipped)}): start a new run without ckpt_path."
+        )
     else:
-        _say(f"--ckpt_path last: no checkpoint yet in {', '.join(map(str, folders))}, a new run begins")
+        _say(f"--ckpt_path last: no checkpoint yet in {_listed(folders)}, a new run begins")
     return path
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter, _SubParsersAction
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sen
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
 from lcprune.cli.records import keep_metrics, log_apart
-from lcprune.cli.resuming import last_checkpoint
+from lcprune.cli.resuming import last_checkpoint, last_state
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import RECIPE, check_target, export
 from lcprune.delivery.figures import Figures, model_figures, throughput
@@ -176,7 +176,9 @@ class RecipeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """What can go wrong at the end or at the start is looked at first."""
-        self._find_last()
+        self._find_last(last_state)
+        if (path := self._get(self.config_init, "ckpt_path")) is not None and path not in KEYWORDS:
+            checkpoint.check_goes_on(Path(path))
         self._check_model()
         collapse_of(self).check(self.trainer, self.model)
         self.model.open_cache()
@@ -192,10 +194,10 @@ class RecipeCLI(LightningCLI):
         if self._get(self.config_init, "ckpt_path") is not None:
             keep_metrics(self.run_folder)
 
-    def _find_last(self) -> None:
+    def _find_last(self, find: Callable[[Trainer], Path | None]) -> None:
         """`--ckpt_path last` becomes a path, and the checkpoint is looked over as any other."""
         if self._get(self.config_init, "ckpt_path") == "last":
-            path = last_checkpoint(self.trainer)
+            path = find(self.trainer)
             self.record = None if path is None else checkpoint.read(path)
             self.config_init[str(self.subcommand)]["ckpt_path"] = None if path is None else str(path)
 
@@ -203,7 +205,7 @@ class RecipeCLI(LightningCLI):
         """Looks at the checkpoint before weights are loaded."""
         if self._get(self.config, "out") is not None:
             raise InputError(f"--out is where fit exports the student, {self.subcommand} exports none: drop it.")
-        self._find_last()
+        self._find_last(last_checkpoint)
         self._check_model()
         log_apart(self.trainer.loggers, str(self.subcommand))
 

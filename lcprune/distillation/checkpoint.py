@@ -142,6 +142,20 @@ def read(path: Path) -> Record:
     return Record.of(load_file(path / META if path.is_dir() else path))
 
 
+def goes_on(path: Path) -> bool:
+    """Whether a run can go on from a checkpoint: one of weights alone lacks the optimizer's state."""
+    return path.is_dir() or "optimizer_states" in load_file(path)
+
+
+def check_goes_on(path: Path) -> None:
+    """Raises InputError for a checkpoint of weights alone."""
+    if not goes_on(path):
+        raise InputError(
+            f"{path} holds weights without the optimizer's state (save_weights_only), so no run can go on from it: "
+            "name another checkpoint, or export its student (lcprune export) and begin with it (model.student)."
+        )
+
+
 def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     """The student out of a checkpoint, plain and on the CPU: adapters are part of its weights, nothing is packed.
 

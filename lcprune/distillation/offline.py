@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lcprune.distillation.callbacks import ProgressiveCollapse
-from lcprune.distillation.checkpoint import KEY, Record, load_file
+from lcprune.distillation.checkpoint import KEY, Record, check_goes_on, load_file
 from lcprune.distillation.merges import merge
 from lcprune.distillation.module import DistillationModule
 from lcprune.errors import InputError
@@ -112,11 +112,7 @@ def check(source: Path) -> Record:
     """
     checkpoint = load_file(source)
     record = Record.of(checkpoint)
-    if "optimizer_states" not in checkpoint:
-        raise InputError(
-            f"{source} holds weights without the optimizer's state (save_weights_only), so no run can go on from it: "
-            "name another checkpoint, or export its student (lcprune export) and begin with it (model.student)."
-        )
+    check_goes_on(source)
     if "averaging_state" in checkpoint or "current_model_state" in checkpoint:
         raise InputError(
             f"{source} holds a running average of the weights beside them, which would keep the old depth: name a "

@@ -131,6 +131,36 @@ def test_last_passes_over_damaged_checkpoints_and_says_so(
     assert _equal(_student(folder), whole)
 
 
+def _lighten(path: Path) -> None:
+    """Leaves the weights alone, as `save_weights_only` does, and makes it the newest."""
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({name: value for name, value in checkpoint.items() if name != "optimizer_states"}, path)
+
+
+def test_last_passes_over_checkpoints_of_weights_alone_and_says_so(
+    broken_off: Path, tiny_folder: Path, whole: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
+):
+    _lighten(broken_off / "step=3.ckpt")
+    folder = broken_off.parents[1]
+    assert _fit(_config(tiny_folder, folder), "--ckpt_path", "last") == 0
+    said = _said(capsys)
+    assert f"--ckpt_path last: {broken_off / 'sigterm.ckpt'} (" in said
+    assert f"{broken_off / 'step=3.ckpt'} newer, but weights without the optimizer's state)" in said
+    assert _equal(_student(folder), whole)
+
+
+@pytest.mark.parametrize("named", ["last", "step=3.ckpt"])
+def test_weights_alone_are_refused_as_the_beginning_of_a_run(
+    broken_off: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], named: str
+):
+    for path in broken_off.glob("*.ckpt"):
+        _lighten(path) if path.name == "step=3.ckpt" else path.unlink()
+    folder = broken_off.parents[1]
+    path = named if named == "last" else str(broken_off / named)
+    assert _fit(_config(tiny_folder, folder), "--ckpt_path", path) == 2
+    assert "without the optimizer's state (save_weights_only)" in _said(capsys)
+
+
 def test_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(
     broken_off: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ):
