@@ -102,6 +102,7 @@ def _deliver(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI, out:
     batches = cli.datamodule.calibration_batches() if needs_text else ()
     with bars.shown():
         collapse.execute(model, history, batches, known=known)
+    streaming.unround(model, history, cli)
     cast(model, stored_dtype(cli.model.teacher_config))
     export(
         model,

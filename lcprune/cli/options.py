@@ -20,7 +20,12 @@ Option: TypeAlias = "tuple[str, Callable[[str], object], str]"
 
 LOADING: tuple[Option, ...] = (
     ("--device", str, "cpu, cuda or cuda:1; default: what trainer.accelerator says, cuda where there is one."),
-    ("--dtype", str, f"{', '.join(DTYPES)}: of the weights while planning; default: model.dtype of the recipe."),
+    (
+        "--dtype",
+        str,
+        f"{', '.join(DTYPES)}: of the weights while planning and merging, what no merge and no refit changes is "
+        "written as the original has it; default: model.dtype of the recipe.",
+    ),
 )
 """Options of every command that loads a model without training it."""
 ALIKE = 0.8

@@ -1,6 +1,7 @@
 """`collapse --stream`: for a model that does not fit into memory; its weights are read and written layer by layer."""
 
 import argparse
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from lcprune import demo, weights
 from lcprune.cli import bars, budgets, tables
@@ -18,6 +19,7 @@ from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.teacher import stored_dtype
 from lcprune.errors import InputError, reason
 from lcprune.files import write_text
+from lcprune.merging import rounding
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.streaming import (
     StoredModel,
@@ -64,6 +66,10 @@ def collapse(own: argparse.Namespace, cli: RecipeCLI, given: MergeHistory | None
         print(budgets.outcome(history, cli))
         print(f"{own.out}: edit it and run `lcprune collapse ... --stream --plan {own.out} --out FOLDER`")
         return
+    # What is written is read in no fewer bits than it is stored in, whatever the plan was made in.
+    exact = torch.promote_types(stored.dtype, stored_dtype(stored.config))
+    if exact != stored.dtype:
+        stored = StoredModel(stored.config, stored.shards.folder, dtype=exact, device=stored.device)
     with bars.shown():
         _export(stored, history, own.out, cli)
     print(budgets.outcome(history, cli, folder=own.out))
@@ -98,6 +104,22 @@ def weights_folder(name: str) -> Path:
             f"The weights of model.teacher={name!r} cannot be fetched ({reason(error)}): check the name and "
             "the network, or name a local folder written by save_pretrained."
         ) from error
+
+
+def unround(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI) -> None:
+    """Gives a student that was merged in fewer bits than its original has the original's bits where it can.
+
+    Where the files hold the weights in another arrangement than the model does (experts), it says that it cannot.
+    """
+    loaded, exact = model.dtype, stored_dtype(cli.model.teacher_config)
+    if not rounding.loses_bits(loaded, exact):
+        return
+    try:
+        stored = StoredModel(cli.model.teacher_config, weights_folder(cli.model.teacher_name), dtype=exact)
+    except InputError as error:
+        print(f"lcprune: all weights of the student are rounded to {loaded}: {error}", file=sys.stderr)
+        return
+    rounding.restore(model, stored, history.lineage)
 
 
 def _check_refit(callback: ProgressiveCollapse) -> None:

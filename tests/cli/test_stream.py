@@ -57,6 +57,34 @@ def test_streamed_folder_equals_the_ordinary_one(tiny_folder: Path, tmp_path: Pa
     assert_equal_folders(streamed, out)
 
 
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_a_plan_in_half_precision_does_not_round_what_it_keeps(
+    tiny_folder: Path, config: str, tmp_path: Path, flags: list[str]
+):
+    out = tmp_path / "out"
+    assert main(["collapse", "--config", config, "--dtype", "bfloat16", "--out", str(out), *flags]) == 0
+    kept, original = weights(out), weights(tiny_folder)
+    group = MergeHistory.load(out / "history.json").lineage
+    for name in original:
+        if not name.startswith("model.layers."):
+            assert torch.equal(kept[name], original[name]), name
+    for place, ancestors in enumerate(group):
+        if len(ancestors) == 1:
+            name = f"model.layers.{place}.mlp.down_proj.weight"
+            assert torch.equal(kept[name], original[name.replace(f".{place}.", f".{ancestors[0]}.", 1)]), name
+
+
+def test_experts_that_cannot_be_read_one_by_one_are_said_to_be_rounded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = save_tiny(tmp_path / "model", tiny_llama(model_type="mixtral"))
+    out = tmp_path / "out"
+    config = changed(tmp_path, model)
+    assert main(["collapse", "--config", config, "--dtype", "bfloat16", "--out", str(out)]) == 0
+    assert "all weights of the student are rounded to torch.bfloat16" in capsys.readouterr().err
+    assert (out / "config.json").is_file()
+
+
 @pytest.mark.parametrize(("model_type", "tied"), [("qwen2", False), ("gpt2", True), ("gemma3_text", True)])
 def test_streamed_folder_equals_the_ordinary_one_in_half_precision(tmp_path: Path, model_type: str, tied: bool):
     model = tiny_llama(tied=tied, model_type=model_type, dtype=torch.bfloat16)  # type: ignore[arg-type]
