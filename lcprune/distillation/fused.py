@@ -139,7 +139,10 @@ class _Gradients:
 
     def __init__(self, states_ND: Tensor, head: Head, needed: tuple[bool, ...], dtype: torch.dtype) -> None:
         self._head = head
-        self._states = torch.empty_like(states_ND) if needed[0] else None
+        # The mean over tokens and the loss scale, which make up for one another, come one after the other: float16
+        # would lose one to zero and the other to infinity.
+        wide = torch.float32 if states_ND.dtype == torch.float16 else states_ND.dtype
+        self._states = torch.empty_like(states_ND, dtype=wide) if needed[0] else None
         self._sums = [
             torch.empty_like(tensor, dtype=dtype) if tensor is not None and need else None
             for tensor, need in zip(head.tensors, needed[1:], strict=True)

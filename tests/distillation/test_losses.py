@@ -190,6 +190,23 @@ def test_head_loss_in_low_precision_returns_gradients_of_its_inputs_dtype(dtype:
     assert {gradient.dtype for gradient in what.gradients.values()} == {dtype}
 
 
+@pytest.mark.parametrize("scale", [32768.0, 65536.0])
+def test_head_loss_in_float16_neither_loses_nor_overflows_under_a_loss_scale(scale: float):
+    """65,536 is where torch's GradScaler begins, and more than float16 holds."""
+    chance = torch.Generator().manual_seed(0)
+    teacher = torch.randn(2048, 16, generator=chance)
+    student = teacher + 0.05 * torch.randn(2048, 16, generator=chance)
+    weight, targets = torch.randn(64, 16, generator=chance) / 4, torch.zeros(2048, dtype=torch.long)
+    gradients = []
+    for dtype, factor in ((torch.float32, 1.0), (torch.float16, scale)):
+        states = student.to(dtype, copy=True).requires_grad_()
+        head = Head(weight.to(dtype))
+        (factor * head_loss(states, head, teacher.to(dtype), head, targets_N=targets).total).backward()
+        assert states.grad is not None
+        gradients.append(states.grad.double() / factor)
+    assert (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 0.05
+
+
 class Largest(TorchDispatchMode):
     """Notes the most elements of any tensor in memory of its own that an operation inside the block returned."""
 
