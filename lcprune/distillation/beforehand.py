@@ -16,7 +16,8 @@ from transformers import PretrainedConfig
 from lcprune.distillation.levels import Labels, Logits
 from lcprune.distillation.phases import Phase
 from lcprune.distillation.strategies import is_ddp, is_sharding, is_tensor_parallel
-from lcprune.distillation.trained import Trained, trained_layers
+from lcprune.distillation.teacher import DtypeName
+from lcprune.distillation.trained import Trained, trained_layers, trains_adapters
 from lcprune.errors import InputError
 from lcprune.merging.calibration import UNPACKABLE, Batch, check_packable
 from lcprune.merging.lineage import Lineage
@@ -107,6 +108,30 @@ def check_strategy(strategy: Strategy, phases: Sequence[Phase], usually: Trained
                 "last merged one, for whose gradients trainer.strategy=ddp would wait: add Logits, set train: merged, "
                 "or use strategy ddp_find_unused_parameters_true."
             )
+
+
+def check_precision(precision: str, dtype: DtypeName, phases: Sequence[Phase], usually: Trained) -> None:
+    """The trainer's precision and the type of the student's weights go together.
+
+    Args:
+        precision: The trainer's.
+        dtype: As model.dtype.
+        phases: Of the run.
+        usually: What is trained where a phase does not say.
+
+    Raises:
+        InputError: They do not.
+    """
+    if precision == "64-true":
+        raise InputError(
+            "trainer.precision=64-true: merges and refits keep a student's weights in float32 or less; use 32-true."
+        )
+    adapters_alone = all(trains_adapters(phase.trained(usually)) for phase in phases)  # which are float32
+    if precision == "16-mixed" and dtype == "float16" and not adapters_alone:
+        raise InputError(
+            "model.dtype=float16 with trainer.precision=16-mixed: gradients of float16 weights cannot be unscaled; set "
+            "model.dtype: float32, which precision computes with in float16."
+        )
 
 
 def check_sharding(strategy: Strategy, precision: str, phases: Sequence[Phase], others: Mapping[str, bool]) -> None:

@@ -102,6 +102,9 @@ class ProgressiveCollapse(Callback):
         """Raises InputError for what can be known before text is read or a folder made."""
         beforehand.check_strategy(trainer.strategy, module.phases, module.train_usually)
         averaging.check(trainer, [phase.trained(module.train_usually) for phase in module.phases])
+        if not isinstance(module, Guest):
+            precision = str(trainer.precision)
+            beforehand.check_precision(precision, module.weights_dtype, module.phases, module.train_usually)
         depth = module.begun.depth
         first_merge = inf if self.schedule is None else self.schedule.deadlines(depth)[0][0]
         beforehand.check_trains(module.phases, module.train_usually, module.begun.lineage, first_merge)

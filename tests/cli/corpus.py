@@ -33,6 +33,7 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
         {"collapse__planner": "RefitSearch", "data__calibration_blocks": 1},
         ("RefitSearch has one calibration sequence", "data.calibration_blocks"),
     ),
+    "precision that merges do not keep": ({"trainer__precision": "64-true"}, ("trainer.precision=64-true", "32-true")),
     "misspelt section": ({"modle": {"teacher": "x"}}, ("modle", "did you mean model")),
     "misspelt argument of a class": (
         {"collapse__schedule": of("Evenly", target_dept=4)},

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lcprune.distillation.beforehand import warn_of_phases
+from lcprune.distillation.beforehand import check_precision, warn_of_phases
 from lcprune.distillation.levels import Labels, Local, Logits
 from lcprune.distillation.phases import Phase, check, now
 from lcprune.distillation.trained import Trained
@@ -61,3 +61,13 @@ def test_last_phase_that_never_begins_is_said():
         warn_of_phases(PHASES, 10, 16)
     warn_of_phases(PHASES, 10, 17)
     warn_of_phases((LAST,), 0, 1)
+
+
+def test_float16_weights_are_not_trained_under_a_loss_scale_but_adapters_on_them_are():
+    phases = [Phase([Logits()])]
+    with pytest.raises(InputError, match=r"model\.dtype=float16 .* set model\.dtype: float32"):
+        check_precision("16-mixed", "float16", phases, "all")
+    check_precision("16-mixed", "float16", phases, "lora")
+    check_precision("16-mixed", "float32", phases, "all")
+    with pytest.raises(InputError, match=r"trainer\.precision=64-true"):
+        check_precision("64-true", "float32", phases, "all")
