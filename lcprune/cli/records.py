@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lcprune.delivery.training_log import METRICS
+from lcprune.delivery.training_log import METRICS, numbered
 
 
 @rank_zero_only
@@ -19,7 +19,7 @@ def keep_metrics(folder: Path) -> None:
     """Moves the metrics of a run that is resumed out of the way of those to come."""
     metrics = folder / METRICS
     if metrics.is_file():
-        number = 1 + len(list(folder.glob("metrics.*.csv")))
+        number = 1 + max(numbered(folder), default=0)
         metrics.rename(metrics.with_name(f"metrics.{number}.csv"))
 
 

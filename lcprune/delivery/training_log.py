@@ -73,8 +73,14 @@ def read(folder: Path) -> TrainingLog:
 
 def _files(folder: Path) -> list[Path]:
     """Oldest first."""
-    older = [(int(match[1]), path) for path in folder.glob("metrics.*.csv") if (match := _numbered(path.name))]
-    return [path for _, path in sorted(older)] + [path for path in (folder / METRICS,) if path.is_file()]
+    return [path for _, path in sorted(numbered(folder).items())] + [
+        path for path in (folder / METRICS,) if path.is_file()
+    ]
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """What a resumed run had logged before, by number; the higher the later."""
+    return {int(match[1]): path for path in folder.glob("metrics.*.csv") if (match := _numbered(path.name))}
 
 
 def _numbered(name: str) -> re.Match[str] | None:

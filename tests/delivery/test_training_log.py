@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lcprune.cli.records import keep_metrics
 from lcprune.delivery import training_log
 from lcprune.errors import InputError
 from tests.delivery.run_folders import METRICS
@@ -65,3 +66,11 @@ def test_file_that_is_no_text_is_refused_by_name(tmp_path: Path):
     (tmp_path / "metrics.csv").write_bytes(b"step\n\xff\xfe\n")
     with pytest.raises(InputError, match=r"metrics\.csv"):
         training_log.read(tmp_path)
+
+
+def test_metrics_of_a_resumed_run_never_replace_older_ones(tmp_path: Path):
+    for name, text in (("metrics.csv", "new"), ("metrics.2.csv", "old"), ("metrics.old.csv", "else")):
+        (tmp_path / name).write_text(text)
+    keep_metrics(tmp_path)
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept == {"metrics.3.csv": "new", "metrics.2.csv": "old", "metrics.old.csv": "else"}
