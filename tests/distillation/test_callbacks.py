@@ -269,7 +269,9 @@ class XLAStrategy(DDPStrategy):
 def test_strategy_without_an_adapter_is_refused_and_may_train_without_merges(strategy: Strategy, tiny_folder: Path):
     # These refuse CPUs by themselves, so the trainer here is only as much of one as `setup` looks at
     merging, module = runs.two_merges(), runs.student_of(tiny_folder)
-    trainer = SimpleNamespace(strategy=strategy, max_steps=12, callbacks=[], datamodule=None, fast_dev_run=False)
+    trainer = SimpleNamespace(
+        strategy=strategy, precision="32-true", max_steps=12, callbacks=[], datamodule=None, fast_dev_run=False
+    )
     name = type(strategy).__name__
     with pytest.raises(InputError, match=rf"trainer\.strategy={name} .*`lcprune collapse-checkpoint IN OUT`\.$"):
         merging.setup(trainer, module, "fit")  # type: ignore[arg-type]

@@ -59,6 +59,8 @@ def test_outcome_of_a_merge_is_told_in_the_parameters_that_the_optimizer_holds()
 
 def test_merges_in_shards_cannot_be_taken_back(tiny_folder: Path):
     collapse = ProgressiveCollapse(AtSteps({1: 5}), max_perplexity_jump=1.5)
-    trainer = SimpleNamespace(strategy=FSDP2, fast_dev_run=False, max_steps=4, callbacks=[], limit_val_batches=1.0)
+    trainer = SimpleNamespace(
+        strategy=FSDP2, precision="32-true", fast_dev_run=False, max_steps=4, callbacks=[], limit_val_batches=1.0
+    )
     with pytest.raises(InputError, match=r"max_perplexity_jump=1\.5 takes merges back.*set it to null"):
         collapse.check(trainer, runs.student_of(tiny_folder))  # type: ignore[arg-type]
