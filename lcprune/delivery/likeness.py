@@ -17,6 +17,7 @@ from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, evaluating, hidden_states, layer_outputs, mask_of, unmasked
 from lcprune.merging.collapse import execute
+from lcprune.merging.double import total
 from lcprune.merging.heatmaps import WeightDistances, state_cosines, weight_distances
 from lcprune.merging.lineage import Lineage, MergeHistory
 from lcprune.merging.progress import track
@@ -85,10 +86,10 @@ def kinship(
             hidden_states(student, batch)
             for layer, ancestor in enumerate(last):
                 cosine_N = _cosine(received.pop(layer), expected[ancestor], mask_of(batch))
-                sums[layer] += cosine_N.double().sum().item()
+                sums[layer] += total(cosine_N)
             tokens += len(cosine_N)
             expected.clear()
-    return tuple(total / tokens for total in sums)
+    return tuple(cosines / tokens for cosines in sums)
 
 
 def merge_untrained(

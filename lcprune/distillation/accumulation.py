@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lcprune.merging.double import device_of_doubles
+
 
 class TokenWindow:
     """The scored tokens since the last optimizer step."""
@@ -58,6 +60,6 @@ def _over_ranks(value: float, device: torch.device) -> float:
     """The sum over all ranks."""
     if _ranks() == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64, device=device)
+    total = torch.tensor(value, dtype=torch.float64, device=device_of_doubles(device))
     torch.distributed.all_reduce(total)
     return float(total)

@@ -130,7 +130,7 @@ def _repair(
     trainer: Trainer, module: Shortened, batches: Sequence[Batch], reference: Reference, steps: Sequence[MergeStep]
 ) -> None:
     """Refits the merged student; the optimizer's state of layers that did not merge stays."""
-    text, before = regrouped(batches), reference.history
+    text, before = regrouped(batches, module.student), reference.history
     with planning(trainer):
         repair(Stream(module.student, text), Stream(reference.model, text), before.extend(steps), before)
     _share(module.student.parameters())

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lcprune.distillation.fused import CHUNK
 from lcprune.distillation.head import Head
 from lcprune.merging.criteria import perplexity
+from lcprune.merging.double import device_of_doubles, in_double
 
 
 class HeldOut(Metric):
@@ -33,12 +34,13 @@ class HeldOut(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
         """As in torchmetrics, but the sums stay float64: Lightning's bf16-true casts all, and 256 + 1 is 256."""
-        super()._apply(fn, exclude_state)
-        for name, default in self._defaults.items():
-            assert isinstance(default, Tensor)
-            self._defaults[name] = default.double()
-            setattr(self, name, getattr(self, name).double())
-        return self
+
+        def move(state: Tensor) -> Tensor:
+            if state.dtype != torch.float64:
+                return fn(state)
+            return state.to(device_of_doubles(fn(state.float()).device))
+
+        return super()._apply(move, exclude_state)
 
     def update(self, student_ND: Tensor, student: Head, teacher_ND: Tensor, teacher: Head, targets_N: Tensor) -> None:
         """Adds a batch.
@@ -53,12 +55,12 @@ class HeldOut(Metric):
         for begin in range(0, len(targets_N), CHUNK):
             part = slice(begin, begin + CHUNK)
             student_CV = student(student_ND[part]).float()
-            self.nats += cross_entropy(student_CV, targets_N[part], reduction="sum").double()
+            self.nats += in_double(cross_entropy(student_CV, targets_N[part], reduction="sum"))
             student_C = student_CV.argmax(-1)
             del student_CV
             teacher_CV = teacher(teacher_ND[part]).float()
-            self.teacher_nats += cross_entropy(teacher_CV, targets_N[part], reduction="sum").double()
-            self.agreeing += (student_C == teacher_CV.argmax(-1)).sum()
+            self.teacher_nats += in_double(cross_entropy(teacher_CV, targets_N[part], reduction="sum"))
+            self.agreeing += in_double((student_C == teacher_CV.argmax(-1)).sum())
         self.tokens += len(targets_N)
 
     def compute(self) -> dict[str, Tensor]:

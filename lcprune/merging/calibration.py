@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lcprune.errors import InputError
 from lcprune.merging.activity import KnownActivity
 from lcprune.merging.architectures import LayerLayout, layout_of
+from lcprune.merging.double import in_double
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.progress import track
 
@@ -193,12 +194,17 @@ def check_packable(config: PretrainedConfig, rows: int) -> None:
             f"data.packing=separate: attention of the family {config.model_type!r} cannot keep documents of one block "
             f"apart in transformers {transformers.__version__}: set data.packing to pad, or to concatenate."
         )
-    attention = getattr(config, "_attn_implementation", None) or ""
-    if "flash" in attention and rows > 1:
+    if one_packed_row(config) and rows > 1:
         raise InputError(
-            f"data.packing=separate with {attention} keeps documents apart in one block at a time, and data.batch_size "
-            f"is {rows}: set data.batch_size to 1 (with trainer.accumulate_grad_batches), or data.packing to pad."
+            f"data.packing=separate with {config._attn_implementation} keeps documents apart in one block at a time, "
+            f"and data.batch_size is {rows}: set data.batch_size to 1 (with trainer.accumulate_grad_batches), or "
+            "data.packing to pad."
         )
+
+
+def one_packed_row(config: PretrainedConfig) -> bool:
+    """Whether attention keeps documents apart in a batch of one row only."""
+    return "flash" in (getattr(config, "_attn_implementation", None) or "")
 
 
 def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
@@ -285,9 +291,9 @@ class SpanSums:
 
     def add(self, span: int, boundary: int, before_ND: Tensor, after_ND: Tensor) -> None:
         """Adds one batch's tokens: the stream at `boundary` and at `boundary + span`, in float32."""
-        cos_N = cosine_similarity(before_ND, after_ND, dim=-1).clamp(-1, 1)
-        self._sums[span][0, boundary] += cos_N.double().sum().cpu()
-        self._sums[span][1, boundary] += (cos_N.double().arccos() / torch.pi).sum().cpu()
+        cos_N = in_double(cosine_similarity(before_ND, after_ND, dim=-1).clamp(-1, 1))
+        self._sums[span][0, boundary] += cos_N.sum().cpu()
+        self._sums[span][1, boundary] += (cos_N.arccos() / torch.pi).sum().cpu()
 
     def stats(self, batches: Sequence[Batch]) -> LayerStats:
         """The means over all tokens that count of the batches that were added."""

@@ -149,7 +149,7 @@ def execute(
         if teacher is not None and step.refit is not None:
             # After the last refit nobody needs the original any more: its layers may go as they are passed.
             kind = FadingStream if number == repairs[-1] else Stream
-            text, trail = regrouped(batches), None
+            text, trail = regrouped(batches, model), None
             refits.repair(Stream(model, text), kind(teacher, text), done, repaired)
             repaired, trail = done, Trail(model, batches)
 

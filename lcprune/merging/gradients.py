@@ -28,6 +28,7 @@ from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import HEAD_CHUNK, Batch, Calibration, evaluating, logits, next_tokens, stream_of
 from lcprune.merging.criteria import Criterion
+from lcprune.merging.double import total
 from lcprune.merging.prefix import prefixes_of
 from lcprune.merging.progress import track
 
@@ -49,7 +50,7 @@ class Magnitude(Criterion):
         return tuple(sum(self._of(theta) for theta in layer.values() if theta.dim() > 1) for layer in layers)
 
     def _of(self, matrix: Tensor) -> float:
-        return matrix.float().abs().pow(self.power).sum(dtype=torch.float64).item()
+        return total(matrix.float().abs().pow(self.power))
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Taylor(Criterion):
                     gradients[place] = _backward(layers[index], state_BTD, arguments, gradients[place], sums)
                 prefixes.forget_from(index)
                 products = [(matrix.float() * sums[name]).abs() for name, matrix in matrices.items()]
-                scores[index] = sum(product.sum(dtype=torch.float64).item() for product in products) / max(tokens, 1)
+                scores[index] = sum(map(total, products)) / max(tokens, 1)
         return tuple(scores)
 
 

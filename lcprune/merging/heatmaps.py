@@ -88,7 +88,7 @@ def state_cosines(model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
                 # The first's device: layers may lie on several.
                 units_SND = normalize(torch.stack([part.to(chunk[0].device).float() for part in chunk]), dim=-1)
                 flat = units_SND.flatten(1)
-                total_SS += (flat @ flat.T).double().cpu()
+                total_SS += (flat @ flat.T).cpu().double()
     # A matrix product need not be symmetric to the last bit.
     return (total_SS + total_SS.T) / (2 * tokens)
 

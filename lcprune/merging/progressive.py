@@ -285,7 +285,7 @@ def _cosines(before: Sequence[Tensor], after: Sequence[Tensor], batches: Sequenc
         cosine_similarity(unmasked(before_BTD, mask_BT).float(), unmasked(after_BTD, mask_BT).float(), dim=-1)
         for before_BTD, after_BTD, mask_BT in zip(before, after, map(mask_of, batches), strict=True)
     ]
-    return torch.cat(cosines).clamp(-1, 1).double().cpu()
+    return torch.cat(cosines).clamp(-1, 1).cpu().double()
 
 
 def _mean(values_N: Tensor) -> float:

@@ -15,24 +15,21 @@ Legend: `B` batch, `T` tokens, `N` tokens of all sequences, `I` inputs of a proj
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lcprune.errors import InputError
-from lcprune.merging.architectures import Branch, LayerLayout, layout_of
+from lcprune.merging.architectures import LayerLayout, layout_of
 from lcprune.merging.calibration import Batch
-from lcprune.merging.families import residual_scale
+from lcprune.merging.double import in_double, total
 from lcprune.merging.lineage import Lineage, MergeHistory
-from lcprune.merging.observation import Written, observe, observe_attention
+from lcprune.merging.observation import observe, observe_attention
 from lcprune.merging.progress import track
-from lcprune.merging.regression import Sums, best_strength, held_out_sequences, token_weights
+from lcprune.merging.projection import ProjectionFit
+from lcprune.merging.regression import token_weights
 from lcprune.merging.streams import Stream
-
-SMALLEST_GAIN = 0.01
-"""Where a norm follows a projection, outputs whose gain is below this fraction of the largest are left alone."""
 
 
 class Refit:
@@ -141,36 +138,52 @@ class RidgeRefit(Refit):
         before experts the old weights stay unless the error behind the layer falls.
         """
         branch = layout_of(student.model.config).attention
-        fits = [_Fit(self, layer, branch, student) for _ in ancestors]
+        fit = ProjectionFit(layer, branch, student, self.strengths, self.held_out)
+        nearest = self._nearest(fit, student, teacher, layer, ancestors) if len(ancestors) > 1 else 0
         for index in range(len(student.states)):
-            middles = []
-            for ancestor in ancestors:
-                seen = observe(teacher, ancestor, index)
-                middles.append(seen.middle_BTD)
-                teacher.states[index] = seen.output_BTD
+            middle = _pass(teacher, ancestors, index)[nearest]
             written, reached = observe_attention(student, layer, index)
-            for fit, middle in zip(fits, middles, strict=True):
-                fit.see(index, written, teacher.states[index] if middle is None else middle, reached)
+            fit.see(index, written, teacher.states[index] if middle is None else middle, reached)
         for ancestor in ancestors:
             teacher.leave(ancestor)
-        best = min(fits, key=lambda fit: fit.energy)
         if layout_of(student.model.config).mlp is not None:
-            best.solve()
+            fit.solve()
             return
         # Experts read what the attention writes: what the sums foretell need not come to pass behind them.
         projection, before = layer.get_submodule(branch.consumer), _error_behind(student, teacher, layer)
         old = [parameter.data for parameter in projection.parameters()]
-        best.solve()
+        fit.solve()
         if not _error_behind(student, teacher, layer) <= before:
             for parameter, values in zip(projection.parameters(), old, strict=True):
                 parameter.data = values
+
+    @staticmethod
+    def _nearest(
+        fit: ProjectionFit, student: Stream, teacher: Stream, layer: nn.Module, ancestors: Sequence[nn.Module]
+    ) -> int:
+        """Which ancestor's stream after attention the student's is nearest to; the first among equals.
+
+        A pass of its own, after which the teacher stands where it stood: sums for every ancestor would be held at once.
+        """
+        errors, before = [0.0] * len(ancestors), list(teacher.states)
+        for index in range(len(student.states)):
+            middles = _pass(teacher, ancestors, index)
+            if middles[0] is None:  # one target for all: the stream behind the last
+                teacher.states[index] = before[index]
+                return 0
+            written, reached = observe_attention(student, layer, index)
+            for number, middle in enumerate(middles):
+                assert middle is not None
+                errors[number] += fit.error(index, written, middle, reached)
+            teacher.states[index] = before[index]
+        return min(range(len(ancestors)), key=errors.__getitem__)
 
     @torch.no_grad()
     def refit_mlp(self, student: Stream, teacher: Stream, layer: nn.Module) -> None:
         """Towards the teacher's stream behind the last ancestor."""
         branch = layout_of(student.model.config).mlp
         assert branch is not None
-        fit = _Fit(self, layer, branch, student)
+        fit = ProjectionFit(layer, branch, student, self.strengths, self.held_out)
         for index, target in enumerate(teacher.states):
             seen = observe(student, layer, index)
             assert seen.mlp is not None
@@ -178,12 +191,22 @@ class RidgeRefit(Refit):
         fit.solve()
 
 
+def _pass(teacher: Stream, ancestors: Sequence[nn.Module], index: int) -> list[Tensor | None]:
+    """Moves a batch of the teacher through these layers; the stream between attention and MLP in each."""
+    middles = []
+    for ancestor in ancestors:
+        seen = observe(teacher, ancestor, index)
+        middles.append(seen.middle_BTD)
+        teacher.states[index] = seen.output_BTD
+    return middles
+
+
 def _error_behind(student: Stream, teacher: Stream, layer: nn.Module) -> float:
     """Weighted squared distance of the student's stream behind a layer from where the teacher's is."""
     error = 0.0
     for index, (target, mask) in enumerate(zip(teacher.states, student.masks, strict=True)):
         e_BTD = target.float() - student.run(layer, index).float()
-        error += float((token_weights(target, mask) * e_BTD.square().sum(-1)).sum(dtype=torch.float64))
+        error += total(token_weights(target, mask) * e_BTD.square().sum(-1))
     return error
 
 
@@ -191,85 +214,6 @@ def _same_weights(layer: nn.Module, *ancestors: nn.Module) -> bool:
     """Whether a student's layer is its one ancestor, tensor by tensor in the same storage."""
     pairs = zip(layer.parameters(), ancestors[0].parameters(), strict=True)
     return len(ancestors) == 1 and all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in pairs)
-
-
-class _Fit:
-    """The regression of one output projection, gathered batch by batch, then written into its weights."""
-
-    def __init__(self, refit: RidgeRefit, layer: nn.Module, branch: Branch, student: Stream) -> None:
-        layout = layout_of(student.model.config)
-        self._refit, self._student, self._transposed = refit, student, layout.transposed
-        self._scale = residual_scale(student.model.config)
-        self._projection = layer.get_submodule(branch.consumer)
-        self._gain_D: Tensor | None = None
-        if branch.norm_after:
-            norm = layer.get_submodule(branch.norm_after)
-            assert isinstance(norm.weight, Tensor)
-            self._gain_D = norm.weight.detach().float() + layout.norm_offset
-        inputs = self._weight_DI.shape[1] + (self._bias is not None)
-        shape = (inputs, self._weight_DI.shape[0], self._weight_DI.device)
-        self._fitted, self._held_out = Sums.zeros(*shape), Sums.zeros(*shape)
-        firsts = [0, *accumulate(len(state) for state in student.states)]
-        self._firsts, held = firsts, held_out_sequences(firsts[-1], refit.held_out)
-        self._held = held if len(refit.strengths) > 1 else set()
-
-    @property
-    def _weight_DI(self) -> Tensor:
-        weight = self._projection.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach().T if self._transposed else weight.detach()
-
-    @property
-    def _bias(self) -> Tensor | None:
-        bias = self._projection.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return None if bias is None else bias.detach()
-
-    @property
-    def energy(self) -> float:
-        """The error as it stands."""
-        return self._fitted.energy + self._held_out.energy
-
-    def see(self, index: int, written: Written, target_BTD: Tensor, reached_BTD: Tensor) -> None:
-        """Takes in batch `index`: what the projection was fed, where the stream should be, where it is."""
-        z_BTI, e_BTD = written.inputs_BTI, (target_BTD.float() - reached_BTD.float()) / self._scale
-        w_BT = token_weights(target_BTD, self._student.masks[index])
-        if written.before_norm_BTD is not None and self._gain_D is not None:
-            # Behind a norm: what the projection itself would have to add while the norm's divisor stays.
-            divisor_BT1 = written.before_norm_BTD.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-            loud_D = self._gain_D.abs() > SMALLEST_GAIN * self._gain_D.abs().max()
-            e_BTD = torch.where(loud_D, e_BTD * divisor_BT1 / self._gain_D, 0.0)
-            w_BT = w_BT / divisor_BT1.squeeze(-1).square()
-        if self._bias is not None:
-            z_BTI = torch.cat([z_BTI, torch.ones_like(z_BTI[..., :1])], -1)
-        held = torch.tensor([self._firsts[index] + place in self._held for place in range(len(z_BTI))])
-        for sums, rows in ((self._fitted, ~held), (self._held_out, held)):
-            if rows.any():
-                rows = rows.to(z_BTI.device)
-                sums.add(z_BTI[rows].flatten(0, 1), e_BTD[rows].flatten(0, 1), w_BT[rows].flatten())
-
-    def solve(self) -> None:
-        """Writes the better weights, unless the error would not fall, on all tokens or on the held-out ones."""
-        strengths, everything = self._refit.strengths, self._fitted + self._held_out
-        strength = strengths[0]
-        if self._held:
-            strength = best_strength(self._fitted, self._held_out, strengths)
-            if self._held_out.error(self._fitted.solve(strength)) >= self._held_out.energy:
-                return
-        change_ID = everything.solve(strength)
-        old_DI, bias_D = self._weight_DI, self._bias
-        inputs = old_DI.shape[1]
-        new_DI = (old_DI.double() + change_ID[:inputs].T).to(old_DI.dtype)
-        change_ID[:inputs] = (new_DI.double() - old_DI.double()).T
-        if bias_D is not None:
-            new_D = (bias_D.double() + change_ID[-1]).to(bias_D.dtype)
-            change_ID[-1] = new_D.double() - bias_D.double()
-        # Rounded to the stored dtype, a small change may be none or even do harm.
-        if everything.error(change_ID) >= everything.energy:
-            return
-        self._projection.weight.data = (new_DI.T if self._transposed else new_DI).contiguous()
-        if bias_D is not None:
-            self._projection.bias.data = new_D
 
 
 @dataclass(frozen=True)
@@ -325,7 +269,7 @@ def _mean_length(stream: Stream, states: Sequence[Tensor]) -> float:
         (state if mask is None else state[mask]).float().norm(dim=-1).flatten()
         for state, mask in zip(states, stream.masks, strict=True)
     ]
-    return float(torch.cat(lengths).double().mean())
+    return in_double(torch.cat(lengths)).mean().item()
 
 
 def _scale_contributions(layer: nn.Module, layout: LayerLayout, factor: float) -> None:

@@ -4,6 +4,7 @@
 
 Legend: `N` tokens, `I` inputs, `D` outputs. Products of a batch are taken in float32 (or better, if it comes in
 better), summed over batches and solved in float64: what a batch loses is 1e-6 of it, and the ridge is 1e-2 and more.
+Where the device has no float64 the sums are kept, and solved, on the CPU.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lcprune.merging.double import device_of_doubles, total
 
 
 @dataclass
@@ -26,7 +29,8 @@ class Sums:
 
     @classmethod
     def zeros(cls, inputs: int, outputs: int, device: torch.device) -> "Sums":
-        """No tokens seen."""
+        """No tokens seen; the device is that of the tokens to come."""
+        device = device_of_doubles(device)
         return cls(
             torch.zeros(inputs, inputs, dtype=torch.float64, device=device),
             torch.zeros(inputs, outputs, dtype=torch.float64, device=device),
@@ -40,9 +44,9 @@ class Sums:
         weighted_IN = (z_NI * w_N[:, None]).T
         # Under autocast (a refit during training) the products would be taken in the run's precision.
         with torch.autocast(z_NI.device.type, enabled=False):
-            self.gram_II += weighted_IN @ z_NI
-            self.cross_ID += weighted_IN @ e_ND
-        self.energy += float((w_N * e_ND.square().sum(1)).sum(dtype=torch.float64))
+            self.gram_II += (weighted_IN @ z_NI).to(self.gram_II.device)
+            self.cross_ID += (weighted_IN @ e_ND).to(self.cross_ID.device)
+        self.energy += total(w_N * e_ND.square().sum(1))
 
     def __add__(self, other: "Sums") -> "Sums":
         """Both sets of tokens."""
@@ -57,10 +61,11 @@ class Sums:
         scale = float(self.gram_II.diagonal().mean())
         if scale == 0 or self.energy == 0:
             return torch.zeros_like(self.cross_ID)
-        ridge = strength * scale * torch.eye(len(self.gram_II), dtype=torch.float64, device=self.gram_II.device)
-        factor, failed = torch.linalg.cholesky_ex(self.gram_II + ridge)
+        ridged_II = self.gram_II.clone()
+        ridged_II.diagonal().add_(strength * scale)
+        factor, failed = torch.linalg.cholesky_ex(ridged_II)
         if int(failed):  # numerically singular: a strength near zero on few tokens
-            return torch.linalg.lstsq(self.gram_II + ridge, self.cross_ID).solution
+            return torch.linalg.lstsq(ridged_II, self.cross_ID).solution
         return torch.cholesky_solve(self.cross_ID, factor)
 
 

@@ -52,7 +52,7 @@ class Trail:
             recorded: Whether the activity of every layer is recorded as the text passes it; not where MLPs consist
                 of experts.
         """
-        self.batches = regrouped(batches)
+        self.batches = regrouped(batches, model)
         """The same text in batches of a size that suits the processor."""
         self._model, self._layout, self._recorded = model, layout_of(model.config), recorded
         self._stream: Stream | None = None

@@ -110,7 +110,7 @@ class RefitSearch(Planner):
         self.check_family(calibration.layout)
         self.check_text(calibration.batches)
         operator.check(calibration.layout)
-        fitting, held_out = self._split(calibration.batches)
+        fitting, held_out = self._texts(calibration)
         operators = [operator, *(other for other in self.also if other != operator)]
         history = calibration.past
         bench = _Bench(calibration, operators, fitting, held_out, self.strength)
@@ -147,17 +147,21 @@ class RefitSearch(Planner):
         beside = [(history.lineage[place][-1], 0) for place in (base - 1, base) if 0 <= place < history.depth - 1]
         yield ranked + [look for look in beside if look not in ranked]
 
+    def _texts(self, calibration: Calibration) -> tuple[list[Batch], list[Batch]]:
+        """Batches to fit on, and two halves to judge by."""
+        fitting, held_out = self._split(calibration.batches)
+        half = -(-sum(each["input_ids"].numel() for each in held_out) // 2)
+        return regrouped(fitting, calibration.model), regrouped(held_out, calibration.model, tokens=half)
+
     def _split(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-        """Sequences to fit on, and two halves to judge by, both spread over the calibration text."""
+        """Single sequences to fit on, and others to judge by, both spread over the calibration text."""
         single = one_by_one(batches)
         wanted = min(self.fit_sequences + self.held_out_sequences, len(single))
         single = [single[place * len(single) // wanted] for place in range(wanted)]
         judges = held_out_sequences(wanted, self.held_out_sequences / (self.fit_sequences + self.held_out_sequences))
-        held_out = [each for place, each in enumerate(single) if place in judges]
-        half = -(-sum(each["input_ids"].numel() for each in held_out) // 2)
         return (
-            regrouped([each for place, each in enumerate(single) if place not in judges]),
-            regrouped(held_out, tokens=half),
+            [each for place, each in enumerate(single) if place not in judges],
+            [each for place, each in enumerate(single) if place in judges],
         )
 
 

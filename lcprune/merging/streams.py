@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Batch, evaluating, hidden_states, mask_of, stream_of
+from lcprune.merging.calibration import Batch, evaluating, hidden_states, mask_of, one_packed_row, stream_of
 
 TOKENS_AT_ONCE = 512
 """Tokens that run through a layer together; fewer leave the processor waiting for the weights, more outgrow its caches
@@ -112,12 +112,17 @@ def one_by_one(batches: Sequence[Batch]) -> list[Batch]:
     ]
 
 
-def regrouped(batches: Sequence[Batch], tokens: int = TOKENS_AT_ONCE) -> list[Batch]:
-    """The same sequences in batches of about so many tokens; sequences of different lengths stay apart."""
+def regrouped(batches: Sequence[Batch], model: PreTrainedModel, tokens: int = TOKENS_AT_ONCE) -> list[Batch]:
+    """The same sequences in batches of about so many tokens; sequences of different lengths stay apart.
+
+    So do rows of several documents where the model's attention keeps these apart in one row at a time.
+    """
+    single = one_packed_row(model.config)
     runs: list[list[Batch]] = []
     for batch in batches:
         fits = (
             runs
+            and not (single and "position_ids" in batch)
             and runs[-1][-1]["input_ids"].shape[1] == batch["input_ids"].shape[1]
             and runs[-1][-1].keys() == batch.keys()
             and sum(b["input_ids"].numel() for b in runs[-1]) + batch["input_ids"].numel() <= tokens

@@ -135,7 +135,7 @@ class _Judge:
         """The perplexity of the model, which has these steps, after its refit; the model is left as it is."""
         if self._refit is None or self._teacher is None or not steps:
             return self._perplexity()
-        model, text = self._calibration.model, regrouped(self._calibration.batches)
+        model, text = self._calibration.model, regrouped(self._calibration.batches, self._calibration.model)
         repaired = replace(steps[-1], refit=refits.spec_of(self._refit))
         with _weights_kept(model):
             history = MergeHistory(self._depth, (*steps[:-1], repaired))

@@ -41,7 +41,7 @@ class Kept:
     """What the dense model makes of a text, boundary by boundary."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
-        self.text = regrouped(batches)
+        self.text = regrouped(batches, model)
         self._states: dict[int, list[Tensor]] = {}
         layers = layers_of(model)
         stream = Stream(model, self.text)

@@ -89,6 +89,14 @@ def test_flash_attention_that_would_mix_the_documents_of_several_rows_is_refused
         hidden_states(model, packed())
 
 
+def test_rows_that_flash_attention_must_see_alone_are_not_put_together():
+    model = tiny_llama(2)
+    plain = [{"input_ids": batch["input_ids"]} for batch in one_by_one([packed()])]
+    model.config._attn_implementation = "flash_attention_2"
+    assert [len(batch["input_ids"]) for batch in regrouped(one_by_one([packed()]), model)] == [1, 1]
+    assert [len(batch["input_ids"]) for batch in regrouped(plain, model)] == [2]
+
+
 @pytest.mark.parametrize("walk", ["stream", "prefix", "whole"])
 def test_every_way_through_the_layers_keeps_documents_apart(walk: str):
     model, batch = tiny_llama(4), packed()
@@ -97,7 +105,7 @@ def test_every_way_through_the_layers_keeps_documents_apart(walk: str):
         if walk == "prefix":
             (found,) = prefixes_of(Calibration(model, [batch]), 3).run(2)
         else:
-            batches = [batch] if walk == "whole" else regrouped(one_by_one([batch]))
+            batches = [batch] if walk == "whole" else regrouped(one_by_one([batch]), model)
             stream = Stream(model, batches)
             for layer in model.model.layers:
                 stream.advance(layer)

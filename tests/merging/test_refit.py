@@ -17,7 +17,7 @@ from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
 from lcprune.merging.refit import MagnitudeCompensation, Refit, RidgeRefit
 from lcprune.merging.refit import spec_of as spec_of_refit
-from lcprune.merging.regression import token_weights
+from lcprune.merging.regression import Sums, token_weights
 from lcprune.merging.remeasure import measure_activity
 from lcprune.merging.streams import Stream
 from tests.builders import ALL_FAMILIES, FAMILIES, Family, tiny_llama, token_batches
@@ -26,6 +26,7 @@ from tests.merging.planning import assert_same, layers_of, weights_of
 BATCHES: list[Batch] = [{"input_ids": ids} for ids in token_batches(4, 4, 48)]
 WEAK = RidgeRefit(strengths=[1e-3])
 FIRST = Drop("first")
+ZEROS = Sums.zeros
 
 
 def _merged(operator: Operator = FIRST, *groups: tuple[int, ...], family: Family = "llama"):
@@ -185,6 +186,31 @@ def test_ridge_does_not_fit_chance():
     refit.refit(Stream(student, few), Stream(teacher, few), lineage, [2])
     moved = student.state_dict()["model.layers.2.mlp.down_proj.weight"] - before["model.layers.2.mlp.down_proj.weight"]
     assert moved.norm() < 1e-2
+
+
+def test_ridge_fits_attention_towards_the_ancestor_that_the_student_is_nearest_to():
+    teacher = tiny_llama(5)
+    with torch.no_grad():
+        for layer in (teacher.model.layers[1], teacher.model.layers[2]):
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    student = surgery.second_view(teacher)
+    history = MergeHistory(5, (MergeStep((1, 2, 3), spec_of(Drop("last")), (0.0, 0.0, 1.0)),))
+    surgery.apply(student, history.steps[0])
+    before = student.model.layers[1].self_attn.o_proj.weight.clone()
+    _refit(RidgeRefit(), student, teacher, history.lineage)
+    assert torch.equal(student.model.layers[1].self_attn.o_proj.weight, before)
+
+
+@pytest.mark.parametrize("group", [(1, 2), (1, 2, 3, 4)])
+def test_ridge_holds_the_sums_of_one_regression_however_many_layers_merged(
+    monkeypatch: pytest.MonkeyPatch, group: tuple[int, ...]
+):
+    made = []
+    monkeypatch.setattr(Sums, "zeros", lambda *shape: made.append(shape) or ZEROS(*shape))
+    student, teacher, lineage = _merged(FIRST, group)
+    _refit(RidgeRefit(layers="merged"), student, teacher, lineage)
+    assert len(made) == 4, "fitted and held out, for the attention's projection and the MLP's"
 
 
 def test_ridge_ignores_masked_tokens():

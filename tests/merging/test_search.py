@@ -42,7 +42,7 @@ def _by_hand(
 def test_search_finds_what_brute_force_finds_on_five_layers():
     operators = [FIRST, LAST, Concat(selection="joint")]
     search = RefitSearch(also=operators[1:], fit_sequences=9, held_out_sequences=3)
-    fitting, judges = search._split(BATCHES)
+    fitting, judges = search._texts(Calibration(tiny_llama(5), BATCHES))
     pairs = [(base, base + 1) for base in range(4)]
     losses = {(pair, each): _by_hand(pair, each, fitting, judges) for pair, each in product(pairs, operators)}
     (best, operator), loss = min(losses.items(), key=lambda item: item[1])
@@ -56,7 +56,7 @@ def test_search_finds_what_brute_force_finds_on_five_layers():
 def test_search_runs_a_merged_layer_as_the_kind_that_it_has_become(monkeypatch: pytest.MonkeyPatch, family: Family):
     monkeypatch.setattr(search_module, "CLEARLY_WORSE", 1e3)
     search = RefitSearch(fit_sequences=9, held_out_sequences=3)
-    fitting, judges = search._split(BATCHES)
+    fitting, judges = search._texts(Calibration(tiny_llama(2, model_type=family), BATCHES))
     (step,) = search.plan(Calibration(tiny_llama(5, model_type=family), BATCHES), LAST, 4)
     losses = [_by_hand((base, base + 1), LAST, fitting, judges, family) for base in range(4)]
     assert step.base == losses.index(min(losses))
@@ -92,7 +92,7 @@ def test_the_second_merge_is_the_one_a_new_search_finds_in_the_merged_and_refitt
     assert first.base == base
     teacher, student = tiny_llama(5, seed=seed), tiny_llama(5, seed=seed)
     surgery.apply(student, first)
-    done, (fitting, _) = MergeHistory(5, (first,)), search._split(BATCHES)
+    done, (fitting, _) = MergeHistory(5, (first,)), search._texts(Calibration(teacher, BATCHES))
     refit = RidgeRefit(layers="merged", projections="mlp", strengths=[0.1])
     refit.refit(Stream(student, fitting), Stream(teacher, fitting), done.lineage, [base])
     (again,) = search.plan(Calibration(student, BATCHES, original=teacher, history=done), FIRST, 3)
@@ -187,7 +187,7 @@ def test_a_plan_names_only_refits_that_exist(spec: dict[str, object], message: s
 
 def test_regrouped_batches_hold_the_same_sequences_in_order():
     parts = [{"input_ids": ids} for ids in (*token_batches(5, 1, 8), *token_batches(2, 1, 6))]
-    together = regrouped(parts, tokens=16)
+    together = regrouped(parts, tiny_llama(1), tokens=16)
     assert [tuple(batch["input_ids"].shape) for batch in together] == [(2, 8), (2, 8), (1, 8), (2, 6)]
     flat = [row.tolist() for batch in together for row in batch["input_ids"]]
     assert flat == [row.tolist() for batch in parts for row in batch["input_ids"]]
