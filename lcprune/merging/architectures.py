@@ -114,7 +114,9 @@ def _recognise(config: PretrainedConfig) -> LayerLayout:
     except _CANNOT_BE_BUILT as error:
         raise InputError(_unknown(config, "transformers builds no causal LM from its config")) from error
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    path, layers = max(lists, key=lambda named: len(named[1]), default=("", nn.ModuleList()))
+    # The first of the right length is the outermost: heads may have lists of their own inside the layers.
+    depth = getattr(config, _LLAMA.depth_field, None)
+    path, layers = max(lists, key=lambda named: (len(named[1]) == depth, len(named[1])), default=("", nn.ModuleList()))
     if difference := _difference_from_llama(model, config, path, layers):
         raise InputError(_unknown(config, difference, path))
     _LOG.warning(

@@ -65,8 +65,14 @@ class Concat(Operator):
             raise InputError(f"Concat: {'; '.join(wrong)}.")
 
     def check(self, layout: LayerLayout) -> None:
-        """Refuses families whose MLPs consist of experts."""
-        _mlp_of(layout)
+        """Refuses families whose MLPs consist of experts, or whose heads have norms of their own."""
+        branches = layout.attention, _mlp_of(layout)
+        for norm in layout.norms:
+            if _branch_of(norm, branches) is None:
+                raise InputError(
+                    f"operator Concat cannot merge layers of {layout.model_type}, whose heads have norms of their own "
+                    f"({norm}): use Drop or another operator that does not take layers apart."
+                )
 
     def merge(
         self,
@@ -181,6 +187,7 @@ def _merged_norms(
             theta = _common_scale([thetas[m] for m in taking_part], layout.norm_offset, members[0][name].dtype)
         else:
             branch = _branch_of(module, list(kept))
+            assert branch is not None, module
             if _spans_all_units(members[0], name, branch, layout):
                 number = sum(map(len, kept[branch]))
                 slices = [theta.view(number, -1)[units] for theta, units in zip(thetas, kept[branch], strict=True)]
@@ -191,13 +198,13 @@ def _merged_norms(
     return merged
 
 
-def _branch_of(module: str, branches: Sequence[Branch]) -> Branch:
-    """The branch that a norm stands in: in front of it, behind it, or inside (queries and keys)."""
+def _branch_of(module: str, branches: Sequence[Branch]) -> Branch | None:
+    """The branch that a norm stands in: in front of it, behind it, or inside (queries and keys); None if in none."""
     inside = module.rpartition(".")[0]
     for branch in branches:
         if module in (branch.norm, branch.norm_after) or (inside and branch.consumer.startswith(f"{inside}.")):
             return branch
-    raise AssertionError(f"the norm {module} belongs to no branch")
+    return None
 
 
 def _spans_all_units(member: LayerTensors, name: str, branch: Branch, layout: LayerLayout) -> bool:

@@ -23,6 +23,8 @@ from transformers import (
 from lcprune.errors import InputError
 from lcprune.merging import architectures
 from lcprune.merging.architectures import LAYOUTS, LayerLayout, layout_of
+from lcprune.merging.concat import Concat
+from lcprune.merging.operators import Drop
 from tests.builders import ALL_FAMILIES, Family, tiny_config, tiny_llama
 
 EXPERTS = {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
@@ -217,6 +219,14 @@ def test_recognised_family_brings_its_norms_numbers_and_lists():
     layout = layout_of(StableLmConfig(**SIZES, qk_layernorm=False, layer_types=["full_attention"] * 3))
     assert layout.per_layer_fields == ("layer_types",)
     assert layout.indexed == ("self_attn",)
+
+
+def test_lists_inside_layers_are_not_taken_for_the_layers_and_their_norms_of_single_heads_keep_heads_together():
+    layout = layout_of(StableLmConfig(**SIZES, qk_layernorm=True))
+    assert (layout.layers, layout.norms[1]) == ("model.layers", "self_attn.q_layernorm.norms.0")
+    Drop().check(layout)
+    with pytest.raises(InputError, match=r"Concat cannot merge layers of stablelm, whose heads have norms .*use Drop"):
+        Concat().check(layout)
 
 
 @pytest.mark.parametrize(

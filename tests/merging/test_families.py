@@ -343,6 +343,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range"
     [
         GraniteConfig(**SIZES, **HEADS, residual_multiplier=0.5, logits_scaling=2.0, embedding_multiplier=3.0),
         StableLmConfig(**SIZES, **HEADS, use_qkv_bias=True),
+        StableLmConfig(**SIZES, **HEADS, qk_layernorm=True),
         OlmoConfig(**SIZES, **HEADS),
         CwmConfig(
             **SIZES, **HEADS, head_dim=8, sliding_window=8, layer_types=["full_attention", "sliding_attention"] * 3
