@@ -103,7 +103,7 @@ def score_all(criteria: Sequence[Criterion], calibration: Calibration) -> tuple[
 def sweep(criteria: Sequence[TrialCriterion], calibration: Calibration) -> tuple[tuple[float, ...], ...]:
     """Per criterion the figure of the model without each layer in turn; every candidate is run once for all of them.
 
-    Memory: the cached stream before every layer, and one candidate's last states.
+    Memory: what `prefixes_of` keeps, and one candidate's last states.
     """
     depth = calibration.depth
     prefixes = prefixes_of(calibration, depth - 1)

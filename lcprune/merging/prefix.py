@@ -8,6 +8,7 @@ Masks and rotary embeddings that a layer is called with are kept by its kind. Le
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import ceil
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,18 +17,30 @@ from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, Calibration, evaluating, hidden_states, stream_of
 from lcprune.merging.progress import track
 
+ROOM = 1.0
+"""What is kept takes at most so many times the memory of the model's weights, as long as the embeddings alone do."""
+
 _ByKind = dict[tuple[object, ...], Mapping[str, object]]
 
 
 def prefixes_of(calibration: Calibration, highest: int, every: int = 1) -> "PrefixCache":
-    """The stream before layers 0 .. `highest` of the model as it is, kept before every so-manieth.
+    """The stream before layers 0 .. `highest` of the model as it is, kept before every so-manieth, or fewer (`ROOM`).
 
     Where the model is not merged yet this is the original's pass too: it need not run again to be compared with.
     """
+    every = max(every, affordable(calibration.model, calibration.batches, highest))
     cache = PrefixCache(calibration.model, calibration.batches, highest, every)
     if calibration.original is None:
         calibration.know_reference(cache.last)
     return cache
+
+
+def affordable(model: PreTrainedModel, batches: Sequence[Batch], highest: int) -> int:
+    """Before every how-manieth layer of 0 .. `highest` the stream can be kept within `ROOM`."""
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    one = tokens * model.config.hidden_size * model.dtype.itemsize
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return ceil((highest + 1) * one / (ROOM * weights))
 
 
 class PrefixCache:

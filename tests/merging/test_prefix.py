@@ -3,10 +3,15 @@
 import pytest
 import torch
 
-from lcprune.merging import surgery
-from lcprune.merging.calibration import Batch
+from lcprune.merging import prefix, surgery
+from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.criteria import Criterion, TrialPerplexity
+from lcprune.merging.gradients import Taylor
+from lcprune.merging.greedy import GreedyPlanner
 from lcprune.merging.lineage import MergeStep
-from lcprune.merging.prefix import PrefixCache
+from lcprune.merging.operators import Drop
+from lcprune.merging.planners import Planner, ThresholdPlanner
+from lcprune.merging.prefix import PrefixCache, affordable
 from tests.builders import FAMILIES, Family, tiny_llama
 from tests.merging.planning import last_states, masked, plain
 
@@ -54,6 +59,34 @@ def test_prefix_kept_before_every_so_manieth_layer_gives_the_same_from_every_sta
         cache.refresh(2)
         for start in range(5):
             torch.testing.assert_close(list(cache.run(start)), last_states(model, batches), rtol=0, atol=0)
+
+
+def test_what_is_kept_takes_no_more_than_the_weights():
+    model = tiny_llama(6)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    tokens = weights // (32 * 4)  # a stream of so many tokens is as large as the model
+    for length, every in ((tokens // 6, 1), (tokens // 6 + 1, 2), (tokens // 2, 3), (tokens, 6), (2 * tokens, 12)):
+        batches = [{"input_ids": torch.zeros(1, length, dtype=torch.long)}]
+        assert affordable(model, batches, highest=5) == every
+
+
+@pytest.mark.parametrize("planner", [GreedyPlanner(), ThresholdPlanner(layers_per_merge=2, threshold=-1.0)], ids=str)
+def test_plans_are_the_same_where_there_is_room_for_the_embeddings_alone(
+    monkeypatch: pytest.MonkeyPatch, planner: Planner
+):
+    calibrations = [Calibration(tiny_llama(6), masked()) for _ in range(2)]
+    expected = planner.plan(calibrations[0], Drop(), 3)
+    monkeypatch.setattr(prefix, "ROOM", 1e-6)
+    assert planner.plan(calibrations[1], Drop(), 3) == expected
+
+
+@pytest.mark.parametrize("criterion", [TrialPerplexity(), Taylor()], ids=repr)
+def test_scores_are_the_same_where_there_is_room_for_the_embeddings_alone(
+    monkeypatch: pytest.MonkeyPatch, criterion: Criterion
+):
+    expected = criterion.score(Calibration(tiny_llama(6), masked()))
+    monkeypatch.setattr(prefix, "ROOM", 1e-6)
+    assert criterion.score(Calibration(tiny_llama(6), masked())) == expected
 
 
 def test_prefix_cache_keeps_no_state_above_the_highest():
