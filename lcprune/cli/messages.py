@@ -3,7 +3,9 @@
 import difflib
 import re
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_args
 
 import lcprune
 from lcprune import files
@@ -24,6 +26,8 @@ _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
 
 
 _ADVICE = ("Subclass types expect one of", "a class path (str)", "a dict with", "a dict without")
+ALIKE = 1.2
+"""From here on one setting may have been meant by the other; at most 2."""
 LONGEST = 100
 """Characters of a value that a sentence repeats."""
 
@@ -91,17 +95,30 @@ def one_line(message: object) -> str:
 
 
 def _unknown_setting(name: str, settings: Iterable[str]) -> str:
-    known = [setting for setting in settings if not setting.endswith(".help")]
+    known = sorted(setting for setting in settings if not setting.endswith(".help"))
     name = _shortened(name)
     first = name.partition(".")[0]
     if first not in (groups := {setting.partition(".")[0] for setting in known}):
         return f"{first!r} is not a setting{_did_you_mean(first, list(groups)) or ':'} compare `lcprune fit --help`."
-    last = {setting.rpartition(".")[2]: setting for setting in known}
-    near = difflib.get_close_matches(name, known, 1) or [
-        last[match] for match in difflib.get_close_matches(name.rpartition(".")[2], last, 1)
-    ]
-    guess = f", did you mean {near[0]}?" if near else ":"
+    near = max(known, key=lambda setting: _likeness(name, setting))
+    guess = f", did you mean {near}?" if _likeness(name, near) >= ALIKE else ":"
     return f"{name!r} is not a setting{guess} compare `lcprune fit --help`."
+
+
+def _likeness(name: str, setting: str) -> float:
+    """0 to 2: of two dotted names, and of their last parts, which people remember best."""
+    lasts = name.rpartition(".")[2], setting.rpartition(".")[2]
+    return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, setting), lasts))
+
+
+def fields_within(hint: object) -> set[str]:
+    """The settings of lcprune's classes that a type allows, those of subclasses among them."""
+    found = {name for part in get_args(hint) for name in fields_within(part)}
+    if isinstance(hint, type) and hint.__module__.partition(".")[0] == lcprune.__name__:
+        found |= {field.name for field in fields(hint)} if is_dataclass(hint) else set()
+        subclasses: list[type] = hint.__subclasses__()
+        found |= {name for kind in subclasses for name in fields_within(kind)}
+    return found
 
 
 def _shortened(text: str) -> str:

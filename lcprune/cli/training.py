@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lcprune import __version__, demo, weights
 from lcprune.cli import named, recipe_files, tables
 from lcprune.cli.bars import TrainingBar
-from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence, unmade
+from lcprune.cli.messages import ParseError, cause_of, fields_within, key_of, one_line, one_sentence, unmade
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
 from lcprune.cli.records import keep_metrics, log_apart
@@ -83,12 +83,15 @@ class Parser(LightningArgumentParser):
         raise cause or ParseError(one_sentence(message, self._settings())) from ex
 
     def _settings(self) -> set[str]:
-        """Every setting of this parser and its subcommands, dotted."""
-        found = {action.dest for action in self._actions}
+        """Every setting of this parser and its subcommands, dotted, and those of lcprune's classes that fit there."""
+        actions = list(self._actions)
         for action in self._actions:
             if isinstance(action, _SubParsersAction) and action.choices:
-                found |= {child.dest for parser in action.choices.values() for child in parser._actions}
-        return found
+                actions += [child for parser in action.choices.values() for child in parser._actions]
+        inner = {
+            f"{action.dest}.{name}" for action in actions for name in fields_within(getattr(action, "_typehint", None))
+        }
+        return {action.dest for action in actions} | inner
 
 
 class RecipeCLI(LightningCLI):

@@ -301,6 +301,14 @@ COMMANDS: dict[str, tuple[list[str], Parts]] = {
     "missing recipe": (["fit", "--config", "nowhere.yaml"], ("nowhere.yaml", "does not exist", "check the path")),
     "option cut short": (["fit", "--model.objectiv", "Logits"], ("'model.objectiv'", "did you mean model.objective?")),
     "misspelt option": (["fit", "--trainer.max_stepz", "3"], ("max_stepz", "did you mean")),
+    "option of a class, without it": (
+        ["fit", "--collapse.targetdepth", "3"],
+        ("'collapse.targetdepth'", "did you mean collapse.schedule.target_depth?"),
+    ),
+    "option of another class, without it": (
+        ["fit", "--collapse.candidate", "3"],
+        ("'collapse.candidate'", "did you mean collapse.planner.candidates?"),
+    ),
     "collapse without out": (["collapse", "--config", "x.yaml"], ("--out", "missing")),
     "missing plan": (["collapse", "--config", "x.yaml", "--plan", "nowhere.json", "--out", "o"], ("nowhere.json",)),
     "plan and plan-only": (["collapse", "--plan-only", "--plan", "PLAN"], ("--plan-only", "one of them")),
