@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from lcprune import demo
@@ -50,10 +51,12 @@ def history_of(folder: Path, teacher: str, depth: int) -> MergeHistory:
             f"model.student={str(folder)!r} holds no weights (*.safetensors): it is not whole, export anew."
         )
     history = MergeHistory.load(folder / HISTORY)
-    if history.teacher and not _same_model(history.teacher, demo.public_name(teacher)):
+    named = demo.public_name(teacher)
+    another = bool(history.teacher) and not _same_model(history.teacher, named)
+    if another and not _beyond_comparison(history.teacher, named):
         raise InputError(
             f"model.student={str(folder)!r} descends from {history.teacher!r}, model.teacher is {teacher!r}: name that "
-            "teacher."
+            f"teacher, or if they are the same model, correct 'teacher' in the student's {HISTORY}."
         )
     config = demo.read_config(str(folder))
     layers = layout_of(config).depth_of(config)
@@ -64,6 +67,11 @@ def history_of(folder: Path, teacher: str, depth: int) -> MergeHistory:
             f"model.student={str(folder)!r} descends from a model of {history.teacher_depth} layers, "
             f"model.teacher={teacher!r} has {depth}: name the one it was shortened from."
         )
+    if another:
+        rank_zero_warn(
+            f"model.student={str(folder)!r} descends from {history.teacher!r}, which is not here: "
+            f"model.teacher={teacher!r} is taken for the same model"
+        )
     steps = tuple(replace(step, global_step=None) for step in history.steps)
     return replace(history, steps=steps, teacher=teacher)
 
@@ -72,6 +80,11 @@ def _same_model(one: str, other: str) -> bool:
     """Whether two names, of folders or on the hub, mean the same."""
     folders = Path(one), Path(other)
     return one == other or (all(map(Path.is_dir, folders)) and folders[0].resolve() == folders[1].resolve())
+
+
+def _beyond_comparison(recorded: str, named: str) -> bool:
+    """Whether names say nothing: the recorded folder is on another machine, or a hub's model is in a folder here."""
+    return not Path(recorded).is_dir() and (Path(recorded).is_absolute() or Path(named).is_dir())
 
 
 def take_over(student: PreTrainedModel, folder: Path, history: MergeHistory, dtype: DtypeName) -> bool:

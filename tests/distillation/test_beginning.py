@@ -1,5 +1,6 @@
 """A run that begins where `lcprune collapse` or an earlier run has left a student."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,30 @@ def test_teacher_may_be_spelled_in_another_way(tiny_folder: Path, short: Path, m
     monkeypatch.chdir(tiny_folder.parent)
     for spelled in (Path(tiny_folder.name), tiny_folder.parent / "." / tiny_folder.name, f"{tiny_folder}/"):
         assert DistillationModule(teacher=str(spelled), student=short).history.depth == expected
+
+
+@pytest.mark.parametrize("recorded", ["/no/such/folder/llama", "someone/llama"])
+def test_student_from_another_machine_is_taken_with_a_warning(
+    tiny_folder: Path, short: Path, tmp_path: Path, recorded: str
+):
+    expected = runs.student_of(tiny_folder, student=short).history.lineage
+    moved = _descending_from(recorded, short, tmp_path)
+    with pytest.warns(UserWarning, match=f"descends from '{recorded}', which is not here: .* taken for the same model"):
+        found = runs.student_of(tiny_folder, student=moved).history
+    assert (found.lineage, found.teacher) == (expected, str(tiny_folder))
+
+
+def test_student_of_another_model_on_the_hub_is_refused(short: Path, tmp_path: Path):
+    moved = _descending_from("someone/llama", short, tmp_path)
+    with pytest.raises(InputError, match=r"descends from 'someone/llama', .* correct 'teacher' in .* history\.json"):
+        _ = DistillationModule(teacher="demo:smollm2", student=moved).history
+
+
+def _descending_from(teacher: str, short: Path, tmp_path: Path) -> Path:
+    moved = Path(shutil.copytree(short, tmp_path / "moved"))
+    history = replace(MergeHistory.load(short / "history.json"), teacher=teacher)
+    (moved / "history.json").write_text(history.to_json(), encoding="utf-8")
+    return moved
 
 
 def test_folder_of_another_kind_is_one_sentence(tiny_folder: Path, short: Path, tmp_path: Path):
