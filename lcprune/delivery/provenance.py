@@ -41,11 +41,11 @@ def _version(package: str) -> str:
 def _machine() -> str:
     cores = os.cpu_count() or 1
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ", ".join([f"{_processor()}, {cores} core{'s' * (cores != 1)}", *cards, platform.system()])
+    return ", ".join([f"{processor()}, {cores} core{'s' * (cores != 1)}", *cards, platform.system()])
 
 
-def _processor() -> str:
-    """Its name as Linux has it, else as Python does."""
+def processor() -> str:
+    """The name as Linux has it, else as Python does."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,17 +1,20 @@
 """Measured cells in a file of JSON lines, appended as they come, and as a table of Markdown.
 
 A long table survives interruption: what the file holds is not measured again. Every line says with which model, dtype
-and windows, and with which settings of the method, it was made; lines of others are passed over. The code itself may
-change without a trace: begin a new file then.
+and windows, and with which settings of the method (a hash of them), it was made; lines of others are passed over. It
+says when and on which processor, too. The code itself may change without a trace: begin a new file then.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+from lcprune.delivery.provenance import processor
 
 Result = dict[str, Any]
 """`perplexity` (None = the planner stops before that depth), `ratio`, `seconds`, `groups`, perhaps `removed`."""
@@ -39,8 +42,8 @@ class Results:
         return self._lines.get(what)
 
     def add(self, what: str, result: Result) -> Result:
-        """Keeps an entry."""
-        self._lines[what] = result
+        """Keeps an entry, with day and processor."""
+        result = self._lines[what] = {**result, "date": date.today().isoformat(), "processor": processor()}
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
@@ -63,6 +66,35 @@ def table(results: Mapping[str, Mapping[int, Result]], depths: Sequence[int]) ->
     lines = [["method", *head], ["---"] * (1 + len(depths))]
     lines += [[f"`{name}`", *(shown(row.get(depth)) for depth in depths)] for name, row in results.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def grids(
+    results: Mapping[str, Mapping[int, Result]],
+    depths: Sequence[int],
+    planners: Sequence[str],
+    operators: Sequence[str],
+    refits: Sequence[str],
+) -> str:
+    """A table of Markdown for each refit, planners by operators: the ratios to the dense model at all depths.
+
+    `-` where the planner stops before, `?` where nothing was measured.
+    """
+    tables = []
+    for refit in refits:
+        lines = [[f"`{refit or 'no refit'}`", *(f"`{operator}`" for operator in operators)]]
+        lines.append(["---"] * (1 + len(operators)))
+        for planner in planners:
+            rows = [results.get(f"{planner}-{operator}{refit}") for operator in operators]
+            if any(rows):
+                lines.append([f"`{planner}`", *(_ratios(row, depths) if row else "" for row in rows)])
+        if len(lines) > 2:
+            tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(tables)
+
+
+def _ratios(row: Mapping[int, Result], depths: Sequence[int]) -> str:
+    ratios = [row[depth].get("ratio", "-") if depth in row else "?" for depth in depths]
+    return " ".join(ratio if isinstance(ratio, str) else _short(ratio, 3) for ratio in ratios)
 
 
 def shown(result: Result | None) -> str:

@@ -10,7 +10,12 @@ Windows of the running text, tokenised without special tokens; mean cross-entrop
         --results runs/table.jsonl --table
     python tests/benchmarks/yardstick.py --text wikitext2_tokens_valid.txt --method best --windows 128
 
-Methods and patterns of them: see methods.py. With --results every figure is appended to a file as it is measured, and
+Methods and patterns of them: see methods.py. What has been measured in bfloat16 is in yardstick.jsonl beside this file:
+
+    python tests/benchmarks/yardstick.py --text wikitext2_tokens_valid.txt --method '*' --dtype bfloat16 \\
+        --results tests/benchmarks/yardstick.jsonl --grids
+
+goes on with it (with --report it only prints). With --results every figure is appended to a file as it is measured, and
 what the file holds already is not measured again; --report measures nothing and shows what is there.
 
 SmolLM2-135M-Instruct, bfloat16: dense 30.8; bi-drop 45.9, 66.9 and 101.7 at 27, 24 and 22 layers. The last line printed
@@ -26,6 +31,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -40,8 +46,8 @@ from lcprune.errors import InputError
 from lcprune.merging.calibration import Batch, evaluating, hidden_states, token_loss
 from lcprune.merging.criteria import perplexity
 from tests.benchmarks.bench import Bench
-from tests.benchmarks.methods import DEFAULT, METHODS, Method, named
-from tests.benchmarks.results import Result, Results, shown, table
+from tests.benchmarks.methods import DEFAULT, METHODS, OPERATORS, PLANNERS, REFITS, Method, named
+from tests.benchmarks.results import Result, Results, grids, shown, table
 
 __all__ = ["METHODS", "Yardstick"]
 
@@ -108,8 +114,8 @@ def measure_all(
 
 
 def cell(name: str, method: Method, depth: int) -> str:
-    """What a figure is called in a file: the settings in full, so that a figure of other settings is not taken."""
-    return f"{name} at {depth}: {method}"
+    """What a figure is called in a file: with a hash of the settings, so that no other settings' is taken for it."""
+    return f"{name} at {depth} [{sha256(repr(method).encode()).hexdigest()[:8]}]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -123,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", nargs="+", default=DEFAULT, metavar="METHOD", help="names and patterns")
     parser.add_argument("--results", type=Path, help="JSON lines: figures are read from there and appended")
     parser.add_argument("--table", action="store_true", help="print a Markdown table")
+    parser.add_argument("--grids", action="store_true", help="print planners by operators, a Markdown table per refit")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)
     try:
@@ -148,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found[name] = {depth: result for depth, result in cells.items() if result is not None}
     if options.table:
         print(table(found, options.depths))
+    if options.grids:
+        print(grids(found, options.depths, list(PLANNERS), list(OPERATORS), list(REFITS)))
     dense = results.get("dense")
     whole = {"dense": {dense.pop("depth"): dense}} if dense is not None else {}
     print(json.dumps(whole | found))

@@ -13,7 +13,7 @@ from lcprune.merging.collapse import collapse
 from lcprune.merging.planners import ThresholdPlanner
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.methods import METHODS, OPERATORS, named
-from tests.benchmarks.results import Results, shown
+from tests.benchmarks.results import Results, grids, shown
 from tests.benchmarks.yardstick import Yardstick, cell, measure_all
 from tests.builders import tiny_llama, token_batches
 from tests.merging.planning import assert_same, weights_of
@@ -83,6 +83,16 @@ def test_what_a_file_holds_is_not_measured_again(tmp_path: Path):
         first.get(cell(name, one, 4)) for name, one in methods.items()
     ]
     assert Results(file, {"dtype": "bfloat16"}).get("dense") is None
+
+
+def test_grids_hold_the_ratios_of_every_refit_by_planner_and_operator():
+    row = {27: {"perplexity": 37.3, "ratio": 1.2123}, 24: {"perplexity": 1e6, "ratio": 32500.0}}
+    found = {"bi-drop": row | {22: {"perplexity": None}}, "bi-drop-ridge": {27: row[27]}, "come-concat": row}
+    assert grids(found, [27, 24, 22], ["bi", "block", "come"], ["drop", "concat"], ["", "-mlp", "-ridge"]) == (
+        "| `no refit` | `drop` | `concat` |\n| --- | --- | --- |\n"
+        "| `bi` | 1.21 32,500 - |  |\n| `come` |  | 1.21 32,500 ? |\n\n"
+        "| `-ridge` | `drop` | `concat` |\n| --- | --- | --- |\n| `bi` | 1.21 ? ? |  |"
+    )
 
 
 def test_patterns_mean_crossed_methods_only_if_they_say_so():
