@@ -91,7 +91,7 @@ def distill(
     *,
     history: MergeHistory | None = None,
     collapse: ProgressiveCollapse | None = None,
-    objective: list[Level] | None = None,
+    objective: list[Level] | Level | None = None,
     steps: int = 1000,
     learning_rate: float = 1e-4,
 ) -> tuple[PreTrainedModel, MergeHistory]:
@@ -119,6 +119,10 @@ def distill(
     """
     if steps < 1:
         raise InputError(f"steps={steps} must be 1 or more.")
+    if collapse is not None and not isinstance(collapse, ProgressiveCollapse):
+        raise InputError(f"collapse={collapse!r} is no ProgressiveCollapse: write ProgressiveCollapse({collapse!r}).")
+    if isinstance(objective, Level):
+        objective = [objective]
     if not isinstance(teacher, str) and not teacher.config.name_or_path and not isinstance(text, TextDataModule):
         raise InputError(
             f"text={str(text)!r} is to be read with the tokenizer of a teacher that has no name: give "

@@ -97,6 +97,29 @@ def _check_whole(file: Path) -> None:
         raise InputError(f"{file} is no whole safetensors file ({error}): fetch or save it again.") from error
 
 
+def folder_of(model: str) -> Path:
+    """Where a model's files lie: its folder, for one of the hub that of its cache once it has been loaded.
+
+    Args:
+        model: Hub name, folder or demo:smollm2.
+    """
+    folder = Path(resolve(model))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "config.json")
+    return Path(found).parent if isinstance(found, str) else folder
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the weights in a model's folder; 0 = there are none. Copies in other formats do not count."""
+    try:
+        return sum(file.stat().st_size for file in files_of(folder))
+    except InputError:
+        return 0
+
+
 def files_of(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder.
 

@@ -92,6 +92,28 @@ def test_distill_takes_the_path_of_a_text_and_the_folder_of_a_student(text: Text
     assert len(student.model.layers) == after.depth == 4
 
 
+def test_batches_of_a_generator_plan_what_those_of_a_list_do(text: TextDataModule):
+    batches = text.calibration_batches()
+    for call in (lcprune.plan, lcprune.collapse):
+        expected, found = (
+            call(
+                AutoModelForCausalLM.from_pretrained(text.tokenizer), given, target_depth=4, refit=lcprune.RidgeRefit()
+            )
+            for given in (batches, (batch for batch in batches))
+        )
+        assert found.to_dict() == expected.to_dict()
+    scores = [lcprune.score(tiny_llama(), given).criteria for given in (batches, (batch for batch in batches))]
+    assert scores[0] == scores[1]
+
+
+def test_export_takes_strings_and_distill_a_single_level(text: TextDataModule, tmp_path: Path):
+    model, history = shortened(text)
+    out = lcprune.export(model, str(tmp_path / "short"), tokenizer=text.tokenizer, history=history)
+    assert lcprune.load_history(out).lineage == history.lineage
+    student, _ = lcprune.distill(str(out), text.tokenizer, text, objective=lcprune.Logits(), steps=1)
+    assert len(student.model.layers) == 4
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -108,6 +130,10 @@ def test_distill_takes_the_path_of_a_text_and_the_folder_of_a_student(text: Text
         (lambda name, text: lcprune.distill(name, name, text, history=MergeHistory(6)), "brings its own history"),
         (lambda name, text: lcprune.distill(tiny_llama(), tiny_llama(), "my.txt"), "a teacher that has no name: give"),
         (lambda name, text: lcprune.distill(name, name, text, steps=0), "steps=0 must be 1 or more"),
+        (
+            lambda name, text: lcprune.distill(name, name, text, collapse=Evenly(4)),  # type: ignore[arg-type]
+            r"is no ProgressiveCollapse: write ProgressiveCollapse\(Evenly\(",
+        ),
     ],
 )
 def test_distill_refuses_what_does_not_fit(

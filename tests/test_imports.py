@@ -21,9 +21,9 @@ ROOMS = {
     "search budget within collapse shards streaming rounding heatmaps",
     "distillation": "schedules triggers standing stages accumulation strategies randomness storing boundary faults "
     "signals stepping divergences buckets head rows fused losses metrics levels kernels trained passes "
-    "quantized adapters teacher beginning tracing pair footprint phases beforehand objectives evaluated averaging "
-    "cache fill recall sharded optim checkpoint resumable module given throughput companions guests undo merges "
-    "callbacks offline forecast comparison",
+    "quantized adapters teacher fingerprint beginning tracing pair footprint phases beforehand objectives evaluated "
+    "averaging cache fill recall sharded optim checkpoint resumable module given throughput companions guests undo "
+    "merges callbacks offline forecast comparison",
     "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate "
     "origin module",
     "delivery": "pictures card export decoding choices speed figures evaluate harness hub gguf training_log tree plots "

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lcprune import weights
 from lcprune.cli import options
 from lcprune.cli.options import Option
 from lcprune.cli.training import RecipeCLI, collapse_of
-from lcprune.delivery.export import folder_size
 from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
@@ -135,7 +135,7 @@ def outcome(history: MergeHistory, cli: RecipeCLI, budget: Budget | None = None,
     model = as_stored(cli.model.teacher_config)
     before = _parameters(model), _bytes(model)
     surgery.replay(model, history)
-    after = _parameters(model), folder_size(folder) if folder is not None else _bytes(model)
+    after = _parameters(model), weights.size_of(folder) if folder is not None else _bytes(model)
     parameters = f"{amount(after[0], THOUSANDS)} of {amount(before[0], THOUSANDS)} parameters"
     size = f"{amount(after[1], BYTES)} of {amount(before[1], BYTES)}"
     text = f"{history.depth} of {history.teacher_depth} layers, {parameters}, {size}"

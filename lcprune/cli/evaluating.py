@@ -122,6 +122,8 @@ def _tasks(own: argparse.Namespace) -> Tasks:
     folder: Path | None = own.task_folder
     files = {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
     names = list(files) if own.tasks is None else [name.strip() for name in own.tasks.split(",") if name.strip()]
+    if folder is not None and not names:
+        raise InputError(f"--task-folder {folder} holds no NAME.jsonl, and --tasks names none of its YAML files.")
     mine = {name: choices.read(files[name], own.limit) for name in names if name in files}
     others = [name for name in names if name not in files]
     return Tasks(mine, harness.prepare(others, folder) if others else None, own.limit)
@@ -136,6 +138,8 @@ def _job(own: argparse.Namespace, subject: Subject, teacher: str | None) -> Job:
         text = heldout.of_file(own.text, subject.model, subject.config, own.limit, own.device)
     stored = str(stored_dtype(subject.config)).removeprefix("torch.")
     dtype: DtypeName = own.dtype or next((name for name in DTYPES if name == stored), DTYPES[0])
-    out = own.out or subject.home / FILE
+    # Models of the hub have no folder of their own: what is found of several must not lie in one file.
+    apart = len(own.models) > 1 and not Path(subject.model).is_dir()
+    out = own.out or subject.home / (f"{subject.name.replace('/', '--')}.{FILE}" if apart else FILE)
     check_file("--out", out)
     return Job(subject, teacher, text, dtype, own.dtype is not None, text.device, out)

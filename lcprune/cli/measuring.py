@@ -5,27 +5,28 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lcprune import __version__, demo
+from lcprune import __version__, demo, weights
 from lcprune.cli.heldout import HeldOutText
 from lcprune.cli.subjects import Subject
 from lcprune.delivery import choices, decoding, harness, speed
 from lcprune.delivery.choices import Question
 from lcprune.delivery.evaluate import Evaluation, ModelEvaluation, TaskFigures, of_answers
 from lcprune.delivery.figures import model_figures
+from lcprune.delivery.samples import openings
 from lcprune.distillation import comparison
 from lcprune.distillation.pair import Storage
 from lcprune.distillation.teacher import DtypeName, Teacher, load
 from lcprune.merging.progress import track
 
-PROMPTS, PROMPT, WRITTEN = 8, 32, 128
-"""Texts that repetition is looked for in, tokens that each begins with, tokens that each model adds at most."""
+PROMPTS, WRITTEN = 8, 128
+"""Texts that repetition is looked for in, and tokens that each model adds at most."""
 SAMPLES = 3
 """Texts that are kept, to be read."""
 
@@ -124,15 +125,15 @@ def evaluated(job: Job, tasks: Tasks, known: Known) -> Evaluation:
     tokenizer = demo.load_tokenizer(job.subject.model)
     models, text = _read_text(job)
     answers = _answered(job, models, tokenizer, tasks, known)
-    prompts_BT = _prompts(job.text.batches)
+    prompts = _prompts(job.text.batches)
     texts = {
-        who: decoding.continuations(model, prompts_BT, _room(model, prompts_BT), who) for who, model in models.items()
+        who: decoding.all_continuations(model, prompts, _room(model, prompts), who) for who, model in models.items()
     }
-    rates = _timed(models, job.text.batches[0]["input_ids"], prompts_BT[0])
+    rates = _timed(models, job.text.batches[0]["input_ids"], prompts[0])
     figures = {
         who: ModelEvaluation(
             name=demo.public_name(job.subject.name if who == "student" else job.names[who]),
-            size=model_figures(model, Path(demo.resolve(job.names[who]))),
+            size=model_figures(model, weights.folder_of(job.names[who])),
             perplexity=text.perplexity[who],
             tasks=answers[who],
             repetition=decoding.repetition(texts[who]),
@@ -146,8 +147,8 @@ def evaluated(job: Job, tasks: Tasks, known: Known) -> Evaluation:
         figures["student"],
         figures.get("teacher"),
         text.agreement,
-        _samples(tokenizer, prompts_BT, texts),
-        _settings(job, tasks, text.tokens),
+        _samples(tokenizer, prompts, texts),
+        _settings(job, tasks, prompts, text.tokens),
         _versions(tasks),
     )
 
@@ -183,44 +184,38 @@ def _answered(
     return answers
 
 
-def _prompts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """What the texts begin with [B, T]: the beginnings of the first blocks that do not begin with padding."""
-    rows = chain.from_iterable(
-        zip(batch["input_ids"], batch.get("attention_mask", torch.ones_like(batch["input_ids"])), strict=True)
-        for batch in batches
-    )
-    length = max(1, min(PROMPT, batches[0]["input_ids"].shape[1] // 2))
-    begun = [ids[:length] for ids, mask in rows if bool(mask[:length].all())]
-    return torch.stack(begun[:PROMPTS] or [batches[0]["input_ids"][0, :length]])
+def _prompts(batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """What the texts begin with: the openings of the first rows."""
+    return list(islice(chain.from_iterable(map(openings, batches)), PROMPTS))
 
 
-def _room(model: PreTrainedModel, prompts_BT: Tensor) -> int:
+def _room(model: PreTrainedModel, prompts: Sequence[Tensor]) -> int:
     """How many tokens a model may add to its prompts."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return WRITTEN if positions is None else max(1, min(WRITTEN, positions - prompts_BT.shape[1]))
+    return WRITTEN if positions is None else max(1, min(WRITTEN, positions - max(map(len, prompts))))
 
 
 def _timed(models: Models, ids_BT: Tensor, prompt_T: Tensor) -> dict[str, dict[str, float]]:
     prefill = speed.prefill(models, ids_BT)
     decode = speed.decode(
-        models, prompt_T, min(speed.DECODED, *(_room(model, prompt_T[None]) for model in models.values()))
+        models, prompt_T, min(speed.DECODED, *(_room(model, [prompt_T]) for model in models.values()))
     )
     return {who: {"prefill": prefill[who], "decode": decode[who]} for who in models}
 
 
 def _samples(
-    tokenizer: PreTrainedTokenizerBase, prompts_BT: Tensor, texts: Mapping[str, Sequence[Sequence[int]]]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Tensor], texts: Mapping[str, Sequence[Sequence[int]]]
 ) -> list[dict[str, str]]:
     return [
         {
-            "prompt": str(tokenizer.decode(prompts_BT[place])),
+            "prompt": str(tokenizer.decode(prompts[place])),
             **{who: str(tokenizer.decode(list(written[place]))) for who, written in texts.items()},
         }
-        for place in range(min(SAMPLES, len(prompts_BT)))
+        for place in range(min(SAMPLES, len(prompts)))
     ]
 
 
-def _settings(job: Job, tasks: Tasks, tokens: int) -> dict[str, object]:
+def _settings(job: Job, tasks: Tasks, prompts: Sequence[Tensor], tokens: int) -> dict[str, object]:
     batches = job.text.batches
     return {
         "text": job.text.source,
@@ -232,7 +227,7 @@ def _settings(job: Job, tasks: Tasks, tokens: int) -> dict[str, object]:
         "device": str(job.device),
         "limit": tasks.limit,
         "tasks": {**dict.fromkeys(tasks.own, "file"), **dict.fromkeys(tasks.of_harness, "lm-eval")},
-        "texts_written": {"prompts": PROMPTS, "prompt_tokens": PROMPT, "new_tokens": WRITTEN},
+        "texts_written": {"prompts": len(prompts), "prompt_tokens": [*map(len, prompts)], "new_tokens": WRITTEN},
     }
 
 

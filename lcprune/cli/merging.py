@@ -55,6 +55,8 @@ def _collapse(arguments: list[str]) -> None:
     else:
         check_target(own.out)
     cli = OneDevice(recipe_arguments, own.device)
+    if not own.plan_only:
+        check_target(own.out, cli.model.teacher_name)
     name = demo.public_name(cli.model.teacher_name)
     if given is not None and given.teacher not in ("", name):
         raise InputError(f"--plan {own.plan} was made for {given.teacher!r}, model.teacher is {name!r}: name that one.")
@@ -107,7 +109,7 @@ def _deliver(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI, out:
     export(
         model,
         out,
-        tokenizer=demo.load_tokenizer(cli.model.teacher_name),
+        tokenizer=cli.tokenizer,
         history=history,
         recipe=cli.recipe_text,
         license=demo.license_of(cli.model.teacher_name),

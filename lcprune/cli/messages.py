@@ -15,6 +15,7 @@ from lcprune.errors import InputError
 _UNKNOWN = re.compile(r"(?:[Oo]ption '([\w.\-]+)'|unrecognized arguments: --([\w.\-]+))")
 _AMBIGUOUS = re.compile(r"ambiguous option: --([\w.\-]+)")
 _NO_FILE = re.compile(r"Parser key \"([\w.]+)\":\s*(?:Problem with given path: )?.*File does not exist: '?([^'\n]+)'?")
+_INTERVAL = re.compile(r"`val_check_interval` \((\d+)\) must be less than or equal to .* batches \((\d+)\)")
 _NO_CLASS = re.compile(
     r"(?:Expected a dot import path string:\s*|Import path (?!does not)|Unexpected import path format: )'?([\w.\-]*)"
     r"|Expected '([\w.\-]+)' to be a|Subclasses are disabled for \w+, thus '([\w.\-]+)'"
@@ -74,6 +75,16 @@ def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
     return (f"{key}: " if key else "") + one_line("; ".join(reasons)[:500]) + "."
 
 
+def too_seldom(error: ValueError) -> InputError | None:
+    """Lightning's refusal of an interval longer than an epoch, with the way out; None = it is another error."""
+    if (match := _INTERVAL.search(str(error))) is None:
+        return None
+    return InputError(
+        f"trainer.val_check_interval={match[1]} is more than the {match[2]} batches of an epoch: lower it, or set "
+        "trainer.check_val_every_n_epoch to null, and it counts batches through all epochs."
+    )
+
+
 def cause_of(error: BaseException | None) -> InputError | None:
     """The InputError among an exception and its causes: a parser wraps what a recipe's classes raise."""
     while error is not None and not isinstance(error, InputError):
@@ -100,7 +111,10 @@ def _unknown_setting(name: str, settings: Iterable[str]) -> str:
     first = name.partition(".")[0]
     if first not in (groups := {setting.partition(".")[0] for setting in known}):
         return f"{first!r} is not a setting{_did_you_mean(first, list(groups)) or ':'} compare `lcprune fit --help`."
-    near = max(known, key=lambda setting: _likeness(name, setting))
+    beside = (setting for setting in known if setting.partition(".")[0] == first)
+    near = max(beside, key=lambda setting: _likeness(name, setting))
+    if _likeness(name, near) < ALIKE:  # what belongs to another section, perhaps
+        near = max(known, key=lambda setting: _likeness(name, setting))
     guess = f", did you mean {near}?" if _likeness(name, near) >= ALIKE else ":"
     return f"{name!r} is not a setting{guess} compare `lcprune fit --help`."
 

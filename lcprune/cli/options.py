@@ -24,7 +24,7 @@ LOADING: tuple[Option, ...] = (
         "--dtype",
         str,
         f"{', '.join(DTYPES)}: of the weights while planning and merging, what no merge and no refit changes is "
-        "written as the original has it; default: model.dtype of the recipe.",
+        "written as the original has it (it says where it cannot be); default: model.dtype of the recipe.",
     ),
 )
 """Options of every command that loads a model without training it."""

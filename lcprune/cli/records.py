@@ -1,9 +1,11 @@
 """What a run has logged stays: CSVLogger deletes the metrics.csv that it finds, whatever command it logs for.
 
+fit                  what an earlier run has left of its account lies in former/, and no account mixes two runs
 fit --ckpt_path      the metrics so far become metrics.1.csv and so on
 validate, test       log into validate.csv, test.csv
 """
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +13,22 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lcprune.delivery.runs import EVALUATION, FIGURES
 from lcprune.delivery.training_log import METRICS, numbered
+
+FORMER = "former"
+
+
+@rank_zero_only
+def put_aside(folder: Path) -> None:
+    """Moves the account of an earlier run, if one is here, where nobody takes it for the one that begins."""
+    names = [METRICS, *(f"metrics.{number}.csv" for number in numbered(folder)), FIGURES, EVALUATION]
+    there = [folder / name for name in names if (folder / name).is_file()]
+    if there:
+        shutil.rmtree(folder / FORMER, ignore_errors=True)
+        (folder / FORMER).mkdir()
+    for path in there:
+        path.rename(folder / FORMER / path.name)
 
 
 @rank_zero_only

@@ -184,7 +184,7 @@ def _untrained(pair: _Pair, batches: Sequence[Batch]) -> PreTrainedModel:
     folder = pair.run.setting("model", "student")
     depth = pair.history.teacher_depth
     if isinstance(folder, str):
-        begun = history_of(Path(folder), pair.run.teacher, depth)
+        begun = history_of(Path(folder), pair.run.teacher, pair.teacher.config)
         model = load(folder, pair.dtype, pair.teacher.device, named="model.student")
     else:
         begun, model = MergeHistory(depth), second_view(pair.teacher)

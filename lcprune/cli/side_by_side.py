@@ -60,6 +60,8 @@ def _task(evaluation: Evaluation, name: str) -> Iterator[Row]:
     first, *others = evaluation.student.tasks[name].metrics
     pair = evaluation.paired.get(name)
     retained = f"{evaluation.retained[name]:.1%}" if name in evaluation.retained else ""
+    if name in evaluation.ratios:
+        retained = f"{evaluation.ratios[name]:.2f}x"
     if pair is not None and pair.stderr is not None:
         retained += f" ({pair.difference:+.3f} ± {pair.stderr:.3f})"
     yield _row(evaluation, f"{name} {first}", lambda model: _with_error(model.tasks[name]), retained)

@@ -109,7 +109,8 @@ def weights_folder(name: str) -> Path:
 def unround(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI) -> None:
     """Gives a student that was merged in fewer bits than its original has the original's bits where it can.
 
-    Where the files hold the weights in another arrangement than the model does (experts), it says that it cannot.
+    Where the files hold the weights in another arrangement or by other names than the model does (experts, GPT-NeoX
+    with a head of its own), it says that it cannot.
     """
     loaded, exact = model.dtype, stored_dtype(cli.model.teacher_config)
     if not rounding.loses_bits(loaded, exact):
@@ -117,7 +118,10 @@ def unround(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI) -> No
     try:
         stored = StoredModel(cli.model.teacher_config, weights_folder(cli.model.teacher_name), dtype=exact)
     except InputError as error:
-        print(f"lcprune: all weights of the student are rounded to {loaded}: {error}", file=sys.stderr)
+        print(
+            f"lcprune: all weights of the student are rounded to {loaded}, without --dtype none is: {error}",
+            file=sys.stderr,
+        )
         return
     rounding.restore(model, stored, history.lineage)
 
@@ -138,7 +142,7 @@ def _export(stored: StoredModel, history: MergeHistory, out: Path, cli: RecipeCL
         student,
         merged_tensors(stored, history),
         out,
-        tokenizer=demo.load_tokenizer(name),
+        tokenizer=cli.tokenizer,
         history=history,
         recipe=cli.recipe_text,
         license=demo.license_of(name),

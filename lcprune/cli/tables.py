@@ -80,14 +80,14 @@ def closing(figures: Figures, out: Path) -> None:
     for heading in ("", "layers", "parameters", "on disk", "tokens/s", "perplexity"):
         table.add_column(heading, justify="left" if not heading else "right")
     teacher, student, final = figures.teacher, figures.student, figures.final
-    table.add_row(*_model_row("teacher", teacher, figures.speed["teacher"], final.get("val/teacher_perplexity")))
+    table.add_row(*_model_row("teacher", teacher, figures.speed.get("teacher"), final.get("val/teacher_perplexity")))
     reached = MergeHistory(figures.history.teacher_depth)
     for step in figures.history.steps:
         reached = reached.append(step)
         if "val/perplexity" in step.measured:
             when = f"merge, step {step.global_step}"
             table.add_row(when, str(reached.depth), "", "", "", f"{step.measured['val/perplexity']:.2f}")
-    table.add_row(*_model_row("student", student, figures.speed["student"], final.get("val/perplexity")))
+    table.add_row(*_model_row("student", student, figures.speed.get("student"), final.get("val/perplexity")))
     console = Console()
     console.print(table)
     console.print(_verdict(figures))
@@ -105,13 +105,13 @@ def _verdict(figures: Figures) -> str:
     return sentence
 
 
-def _model_row(name: str, model: ModelFigures, speed: float, value: float | None) -> tuple[str, ...]:
+def _model_row(name: str, model: ModelFigures, speed: float | None, value: float | None) -> tuple[str, ...]:
     return (
         name,
         str(model.layers),
         f"{model.parameters / 1e6:,.1f} M",
         f"{model.bytes / 2**20:,.0f} MiB",
-        f"{speed:,.0f}",
+        "" if speed is None else f"{speed:,.0f}",
         "not measured" if value is None else f"{value:.2f}",
     )
 

@@ -22,15 +22,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from transformers import PreTrainedTokenizerBase
 
 from lcprune import __version__, demo, weights
 from lcprune.cli import named, recipe_files, tables
 from lcprune.cli.bars import TrainingBar
-from lcprune.cli.messages import ParseError, cause_of, fields_within, key_of, one_line, one_sentence, unmade
+from lcprune.cli.messages import ParseError, cause_of, fields_within, key_of, one_line, one_sentence, too_seldom, unmade
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
-from lcprune.cli.records import keep_metrics, log_apart
+from lcprune.cli.records import keep_metrics, log_apart, put_aside
 from lcprune.cli.resuming import last_checkpoint, last_state
+from lcprune.data.chat import with_template
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import RECIPE, check_target, export
 from lcprune.delivery.figures import Figures, model_figures, throughput
@@ -40,6 +42,7 @@ from lcprune.distillation.beforehand import say_if_slow
 from lcprune.distillation.callbacks import ProgressiveCollapse, measure
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F401 - short names in recipes
+from lcprune.distillation.quantized import packed_names
 from lcprune.distillation.signals import STATUS, SaveOnSignal, Terminated
 from lcprune.distillation.storing import AtomicCheckpointIO
 from lcprune.distillation.strategies import is_sharding
@@ -192,10 +195,12 @@ class RecipeCLI(LightningCLI):
                 "--trainer.precision 32-true",
             )
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
-        check_target(self.export_to)
+        check_target(self.export_to, self.model.teacher_name)
         self.trainer.callbacks.append(SaveOnSignal())  # type: ignore[attr-defined]  # behind Lightning's own
         if self._get(self.config_init, "ckpt_path") is not None:
             keep_metrics(self.run_folder)
+        elif not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            put_aside(self.run_folder)
 
     def _find_last(self, find: Callable[[Trainer], Path | None]) -> None:
         """`--ckpt_path last` becomes a path, and the checkpoint is looked over as any other."""
@@ -282,7 +287,7 @@ class RecipeCLI(LightningCLI):
         export(
             module.student,
             out,
-            tokenizer=demo.load_tokenizer(module.teacher_name),
+            tokenizer=self.tokenizer,
             history=replace(module.history, teacher=demo.public_name(module.teacher_name)),
             recipe=self.recipe_text,
             figures=final,
@@ -297,12 +302,18 @@ class RecipeCLI(LightningCLI):
         batch = next(iter(self.datamodule.val_dataloader()))
         teacher = module.teacher.model
         return Figures(
-            teacher=model_figures(teacher, Path(demo.resolve(module.teacher_name))),
+            teacher=model_figures(teacher, weights.folder_of(module.teacher_name)),
             student=model_figures(module.student, out),
-            speed=throughput(teacher, out, batch),
+            # A teacher in 4 or 8 bit unpacks itself at every step: its speed is not the original's.
+            speed={} if packed_names(teacher) else throughput(teacher, out, batch),
             history=module.history,
             final=final,
         )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's: the teacher's, which writes conversations as the text was read."""
+        return with_template(demo.load_tokenizer(self.model.teacher_name), self.datamodule.chat_template)
 
     @property
     def recipe_text(self) -> str:
@@ -345,7 +356,7 @@ def run(command: str, arguments: list[str]) -> None:
         raise InputError(f"{one_line(error)}.") from error
     except ValueError as error:
         # The parser makes objects of the recipe's classes too, and wraps what they object to.
-        raise cause_of(error) or error from error
+        raise cause_of(error) or too_seldom(error) or error from error
 
 
 def _check_amounts(trainer: Trainer) -> None:

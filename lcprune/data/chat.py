@@ -16,6 +16,7 @@ several documents of a conversation, one to an answer: each is what the model wi
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -30,8 +31,17 @@ Learn: TypeAlias = Literal["answers", "all"]
 Piece: TypeAlias = tuple[str, bool]
 """Text, and whether it is learned."""
 
-DAY = "26 Jul 2024"
+TODAY = datetime(2024, 7, 26)
+DAY = TODAY.strftime("%d %b %Y")
 """What Llama 3's templates take for today, their own default: a run that is resumed tomorrow reads the same text."""
+_FORMATS = {f"%{letter}": TODAY.strftime(f"%{letter}") for letter in "aAbBdHIjmMpSfwyYUWcxX"}
+_FORMATS |= {f"%-{letter}": str(int(_FORMATS[f"%{letter}"])) for letter in "dmHIMSj"}
+_THE_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace({name!r}, {text!r})" for name, text in _FORMATS.items())
+    + " }}{%- endmacro -%}"
+)
+"""Put before a template that asks transformers for the time: a macro goes before a function of the same name."""
 
 _WORD = "Zq7answer7qZ"  # no blanks, which templates strip, and no markup
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -52,7 +62,8 @@ class ChatTemplate:
         """
         self.tokenizer = tokenizer
         self._file = file
-        self._source = _own(tokenizer) if file is None else file.read_text(encoding="utf-8")
+        source = _own(tokenizer) if file is None else file.read_text(encoding="utf-8")
+        self._source = _THE_DAY + source if "strftime_now" in source else source
 
     @property
     def name(self) -> str:
@@ -124,6 +135,13 @@ class ChatTemplate:
                 f"{last[:60]!r}: take the block out of the template, or name another in data.chat_template."
             )
         return ids, learned
+
+
+def with_template(tokenizer: "PreTrainedTokenizerBase", file: Path | None) -> "PreTrainedTokenizerBase":
+    """A tokenizer that writes conversations by the template in a file; as it is where there is none."""
+    if file is not None:
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def pieces_of(messages: Conversation, template: ChatTemplate, learn: Learn) -> list[list[Piece]]:

@@ -128,7 +128,8 @@ def _question(line: str, place: str) -> Question:
 
 def _sentence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> _Sentence:
     ids = tokenizer(f"{context} {choice}", add_special_tokens=False, verbose=False).input_ids
-    start = len(tokenizer(context, add_special_tokens=False, verbose=False).input_ids)
+    # Blanks at the end of a context are scored with the choice, as in lm-eval: in tokens they are one with it.
+    start = len(tokenizer(context.rstrip(), add_special_tokens=False, verbose=False).input_ids)
     begin = _begin(tokenizer, start)
     ids, start = [*begin, *ids], start + len(begin)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(ids)

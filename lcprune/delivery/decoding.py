@@ -58,6 +58,18 @@ def continuations(model: PreTrainedModel, prompt_BT: Tensor, number: int, what: 
     return [_until(row, ends) for row in new_BN.tolist()]
 
 
+def all_continuations(
+    model: PreTrainedModel, prompts: Sequence[Tensor], number: int, what: str = "text"
+) -> list[list[int]]:
+    """`continuations` of prompts [T] of any lengths, in their order; those of one length are written together."""
+    written: dict[int, list[int]] = {}
+    for length in sorted(set(map(len, prompts))):
+        places = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
+        texts = continuations(model, torch.stack([prompts[place] for place in places]), number, what)
+        written.update(zip(places, texts, strict=True))
+    return [written[place] for place in range(len(prompts))]
+
+
 def repetition(texts: Sequence[Sequence[int]], n: int = NGRAM) -> float | None:
     """rep-n of some texts, 0 to 1; None where none of them has n tokens.
 

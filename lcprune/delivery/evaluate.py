@@ -1,6 +1,7 @@
 """What a model can do, beside its teacher: the figures, their errors, what was retained, and the JSON that says it.
 
 retained     student / teacher by a task's first metric, perplexity_ratio = student / teacher
+ratios       the same of tasks whose first metric is better if it is lower, as a perplexity is
 stderr       of a mean over n questions: standard deviation / sqrt(n), for right or wrong sqrt(p (1 - p) / (n - 1))
 paired       the mean of student - teacher question by question and its error, far smaller than that of two
              independent accuracies: both answer the same questions
@@ -32,6 +33,8 @@ class TaskFigures:
     """The first metric question by question; empty where it is only known of the whole."""
     stderr: float | None = None
     """Of the first metric; None where it cannot be known."""
+    lower_is_better: bool = False
+    """Of the first metric."""
 
     def to_dict(self) -> dict[str, object]:
         """`acc`, `acc_norm` or what else was measured, `rows` and `stderr`."""
@@ -109,10 +112,20 @@ class Evaluation:
         """What is left of the teacher, by task, and `perplexity_ratio`; empty without a teacher."""
         if self.teacher is None:
             return {}
-        firsts = {name: _first(task) / _first(self.teacher.tasks[name]) for name, task in self._shared.items()}
+        firsts = {name: share for name, share in self._shares.items() if not self.student.tasks[name].lower_is_better}
         if self.student.perplexity is not None and self.teacher.perplexity is not None:
             firsts[RATIO] = self.student.perplexity / self.teacher.perplexity
         return firsts
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Student / teacher by task, where lower is better: 1 = nothing lost, higher = worse."""
+        return {name: share for name, share in self._shares.items() if self.student.tasks[name].lower_is_better}
+
+    @property
+    def _shares(self) -> dict[str, float]:
+        theirs = {} if self.teacher is None else self.teacher.tasks
+        return {name: _first(task) / _first(theirs[name]) for name, task in self._shared.items()}
 
     @property
     def paired(self) -> dict[str, Paired]:
@@ -133,6 +146,7 @@ class Evaluation:
             "models": {who: model.to_dict() for who, model in models.items() if model is not None},
             "agreement": dict(self.agreement),
             "retained": self.retained,
+            "ratios": self.ratios,
             "paired": {name: asdict(pair) for name, pair in self.paired.items()},
             "samples": [dict(sample) for sample in self.samples],
             "settings": dict(self.settings),

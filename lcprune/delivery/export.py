@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lcprune.delivery.card import model_card
+from lcprune.demo import load_tokenizer
 from lcprune.errors import DiskError, InputError, RunError
 from lcprune.files import check_place, left_behind
 from lcprune.identity import write_checksums
@@ -27,6 +28,7 @@ from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import HISTORY, MergeHistory
 from lcprune.merging.shards import SHARD_BYTES, ShardWriter
 from lcprune.merging.streaming import stored_tensors
+from lcprune.weights import size_of
 
 RECIPE = "recipe.yaml"
 PROOF_SHAPE = (2, 32)
@@ -42,9 +44,9 @@ student rounds differently, by a few of these units, while any wrong setting mov
 
 def export(
     student: PreTrainedModel,
-    out: Path,
+    out: Path | str,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | str,
     history: MergeHistory,
     recipe: str | None = None,
     figures: Mapping[str, float] | None = None,
@@ -57,7 +59,7 @@ def export(
     Args:
         student: The shortened model, whole and unwrapped, its config mended.
         out: The folder to make; an empty folder or an earlier export is replaced.
-        tokenizer: The teacher's tokenizer.
+        tokenizer: The teacher's tokenizer, or the teacher's name.
         history: The merges that led to the student.
         recipe: Text of the resolved recipe, kept as recipe.yaml.
         figures: Measurements for the model card, by metric name.
@@ -73,6 +75,9 @@ def export(
     """
     _check_depth(student, history, "The student")
     _check_plain(student)
+    out = Path(out).expanduser()
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer)
     with _replacing(out) as folder:
         student.save_pretrained(folder)
         _save_tokenizer(tokenizer, folder)
@@ -160,20 +165,22 @@ def _replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_target(out: Path) -> None:
-    """Raises InputError unless an export may be written to `out`; to be called before any weight is loaded."""
+def check_target(out: Path, teacher: str | None = None) -> None:
+    """Raises InputError unless an export may be written to `out`; to be called before any weight is loaded.
+
+    Args:
+        out: The folder.
+        teacher: The original's name, which may be an earlier export and must not be replaced.
+    """
     out = out.resolve()
+    if teacher is not None and Path(teacher).expanduser().resolve() == out:
+        raise InputError(f"out={out} is model.teacher, which stays as it is: name another folder for the student.")
     if out.exists() and not _is_replaceable(out):
         raise InputError(
             f"out={out} exists and is neither an empty folder nor an earlier export of lcprune (those hold {HISTORY} "
             "and config.json): name a new folder, or move that one away."
         )
     check_place(f"out={out}", out)
-
-
-def folder_size(path: Path) -> int:
-    """Bytes of the weights (*.safetensors) in an exported folder."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def _is_replaceable(out: Path) -> bool:
@@ -195,7 +202,7 @@ def _write_account(
     figures: Mapping[str, float],
     license: str | None,
 ) -> None:
-    counted = {"layers": history.depth, "parameters": student.num_parameters(), "bytes on disk": folder_size(folder)}
+    counted = {"layers": history.depth, "parameters": student.num_parameters(), "bytes on disk": size_of(folder)}
     card = model_card(history, figures={**counted, **figures}, license=license, recipe=recipe)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / HISTORY).write_text(history.sealed(), encoding="utf-8")

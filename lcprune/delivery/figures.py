@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lcprune import weights
 from lcprune.delivery import speed
-from lcprune.delivery.export import folder_size
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.lineage import MergeHistory
 
@@ -37,7 +37,7 @@ class Figures:
     student: ModelFigures
     """The exported student."""
     speed: Mapping[str, float]
-    """`teacher` and `student`: tokens per second of a forward pass with logits."""
+    """`teacher` and `student`: tokens per second of a forward pass with logits; empty = not measured."""
     history: MergeHistory
     """With what was measured right after every merge."""
     final: Mapping[str, float]
@@ -50,7 +50,7 @@ class Figures:
 
 def model_figures(model: PreTrainedModel, folder: Path) -> ModelFigures:
     """Counts a model, what is packed in 4 bit too; without weights in `folder` its size on disk is its tensors'."""
-    stored = folder_size(folder) or sum(one.numel() * one.element_size() for one in model.parameters())
+    stored = weights.size_of(folder) or sum(one.numel() * one.element_size() for one in model.parameters())
     return ModelFigures(layout_of(model.config).depth_of(model.config), model.num_parameters(), stored)
 
 

@@ -136,7 +136,16 @@ def _figures(results: Results, name: str) -> TaskFigures:
         rows=sum(results["n-samples"][leaf]["effective"] for leaf in _leaves(results, name)),  # type: ignore[index, misc]
         scores=_scores(results, name, metric, way or "none"),
         stderr=float(error) if isinstance(error, int | float) else None,
+        lower_is_better=not _higher_is_better(results, name, metric),
     )
+
+
+def _higher_is_better(results: Results, name: str, metric: str) -> bool:
+    """By lm-eval's own account of a task, of a group by that of its first task; where it has none, yes."""
+    known = results.get("higher_is_better", {})
+    accounts = [known.get(one) for one in (name, *_leaves(results, name))]
+    told = [account[metric] for account in accounts if isinstance(account, Mapping) and account.get(metric) is not None]
+    return bool(told[0]) if told else True
 
 
 def _scores(results: Results, name: str, metric: str, way: str) -> tuple[float, ...]:

@@ -211,7 +211,7 @@ def _figures(folder: Path, missing: list[str]) -> Figures | None:
         return Figures(
             teacher=ModelFigures(**data["teacher"]),
             student=ModelFigures(**data["student"]),
-            speed={name: float(data["speed"][name]) for name in ("teacher", "student")},
+            speed={name: float(data["speed"][name]) for name in ("teacher", "student") if data["speed"]},
             history=MergeHistory.from_dict(data["history"]),
             final={name: float(value) for name, value in data["final"].items()},
         )

@@ -199,7 +199,7 @@ def _size(run: Run) -> float | None:
 
 
 def _speed(run: Run) -> float | None:
-    return None if run.figures is None else ratio(run.figures.speed["student"], run.figures.speed["teacher"])
+    return None if run.figures is None else ratio(*map(run.figures.speed.get, ("student", "teacher")))
 
 
 def _drawn(name: str, title: str, draw: Callable[[Theme], bytes]) -> tuple[Picture, ...]:

@@ -95,8 +95,9 @@ def _headlines(run: Run) -> Iterator[Headline]:
         was, now = _counted(teacher), _counted(student)
         yield Headline("Parameters", now, f"was {was} ({change(student.parameters, teacher.parameters)})")
         yield Headline("On disk", _stored(student), f"was {_stored(teacher)} ({change(student.bytes, teacher.bytes)})")
-        note = f"{number(speed['student'])} tokens/s, was {number(speed['teacher'])}"
-        yield Headline("Speed", f"{speed['student'] / speed['teacher']:.2f}{TIMES}", note)
+        if speed:
+            note = f"{number(speed['student'])} tokens/s, was {number(speed['teacher'])}"
+            yield Headline("Speed", f"{speed['student'] / speed['teacher']:.2f}{TIMES}", note)
     ours, theirs = final(run, "val/perplexity"), final(run, "val/teacher_perplexity")
     if ours is not None:
         relative = ratio(ours, theirs)
@@ -111,14 +112,14 @@ def models_table(run: Run) -> tuple[Table, ...]:
     """The teacher, what every merge left, the student at the end."""
     if run.history is None or run.figures is None:
         return ()
-    rows = [_model_row("teacher", run.figures.teacher, run.figures.speed["teacher"], run, "val/teacher_perplexity")]
+    rows = [_model_row("teacher", run.figures.teacher, run.figures.speed.get("teacher"), run, "val/teacher_perplexity")]
     depth = run.history.teacher_depth
     for step in run.history.steps:
         depth -= step.absorbed
         if "val/perplexity" in step.measured:
             measured = [perplexity(step.measured["val/perplexity"]), fraction(step.measured.get("val/agreement"))]
             rows.append((f"right after the merge: {when(step.global_step)}", str(depth), "", "", "", *measured))
-    rows.append(_model_row("student", run.figures.student, run.figures.speed["student"], run, "val/perplexity"))
+    rows.append(_model_row("student", run.figures.student, run.figures.speed.get("student"), run, "val/perplexity"))
     head = ("", "layers", "parameters", "on disk", "tokens/s", "perplexity", "agreement")
     note = (
         "Perplexity, and agreement with the teacher's most likely token, on the run's held-out text; tokens/s: a "
@@ -127,9 +128,9 @@ def models_table(run: Run) -> tuple[Table, ...]:
     return (Table(head, tuple(rows), note),)
 
 
-def _model_row(named: str, model: ModelFigures, speed: float, run: Run, name: str) -> tuple[str, ...]:
+def _model_row(named: str, model: ModelFigures, speed: float | None, run: Run, name: str) -> tuple[str, ...]:
     agreement = final(run, "val/agreement") if named == "student" else None
-    counted = (named, str(model.layers), _counted(model), _stored(model), number(speed))
+    counted = (named, str(model.layers), _counted(model), _stored(model), "" if speed is None else number(speed))
     return (*counted, perplexity(final(run, name)), fraction(agreement) if named == "student" else "")
 
 

@@ -122,15 +122,19 @@ def check_precision(precision: str, dtype: DtypeName, phases: Sequence[Phase], u
     Raises:
         InputError: They do not.
     """
+    adapters_alone = all(trains_adapters(phase.trained(usually)) for phase in phases)  # which are float32
+    if precision == "16-mixed" and dtype != "float32" and not adapters_alone:
+        raise InputError(
+            f"model.dtype={dtype} with trainer.precision=16-mixed: gradients of {dtype} weights cannot be unscaled; "
+            "set model.dtype: float32, which precision computes with in float16."
+        )
+
+
+def check_merges(precision: str) -> None:
+    """Raises InputError for a trainer's precision in which layers cannot merge during training."""
     if precision == "64-true":
         raise InputError(
             "trainer.precision=64-true: merges and refits keep a student's weights in float32 or less; use 32-true."
-        )
-    adapters_alone = all(trains_adapters(phase.trained(usually)) for phase in phases)  # which are float32
-    if precision == "16-mixed" and dtype == "float16" and not adapters_alone:
-        raise InputError(
-            "model.dtype=float16 with trainer.precision=16-mixed: gradients of float16 weights cannot be unscaled; set "
-            "model.dtype: float32, which precision computes with in float16."
         )
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lcprune import demo
+from lcprune.distillation.fingerprint import DEPTH, differences, fingerprint_of
 from lcprune.distillation.teacher import DtypeName, load
 from lcprune.distillation.trained import ids_behind
 from lcprune.errors import InputError
@@ -30,13 +31,13 @@ class Reference:
     """The merges that led from it to the student as it stands."""
 
 
-def history_of(folder: Path, teacher: str, depth: int) -> MergeHistory:
+def history_of(folder: Path, teacher: str, original: PretrainedConfig) -> MergeHistory:
     """How the student in a folder came from the teacher; nothing in it counts as done in this run.
 
     Args:
         folder: As `lcprune collapse`, `fit` or `export` wrote it.
         teacher: The teacher's name.
-        depth: The teacher's number of layers.
+        original: The teacher's config.
 
     Raises:
         InputError: If the folder is none of those, its account does not fit its own config, or its teacher is another.
@@ -62,10 +63,16 @@ def history_of(folder: Path, teacher: str, depth: int) -> MergeHistory:
     layers = layout_of(config).depth_of(config)
     if layers != history.depth:
         raise InputError(f"model.student={str(folder)!r} has {layers} layers, its {HISTORY} says {history.depth}.")
+    depth = layout_of(original).depth_of(original)
     if depth != history.teacher_depth:
         raise InputError(
             f"model.student={str(folder)!r} descends from a model of {history.teacher_depth} layers, "
             f"model.teacher={teacher!r} has {depth}: name the one it was shortened from."
+        )
+    if found := differences(fingerprint_of(config), fingerprint_of(original), passing=(DEPTH,)):
+        raise InputError(
+            f"model.student={str(folder)!r} descends from a model of another shape ({found[0]}) than "
+            f"model.teacher={teacher!r} ({found[1]}): name the one it was shortened from."
         )
     if another:
         rank_zero_warn(
@@ -78,13 +85,14 @@ def history_of(folder: Path, teacher: str, depth: int) -> MergeHistory:
 
 def _same_model(one: str, other: str) -> bool:
     """Whether two names, of folders or on the hub, mean the same."""
-    folders = Path(one), Path(other)
+    folders = Path(one).expanduser(), Path(other).expanduser()
     return one == other or (all(map(Path.is_dir, folders)) and folders[0].resolve() == folders[1].resolve())
 
 
 def _beyond_comparison(recorded: str, named: str) -> bool:
     """Whether names say nothing: the recorded folder is on another machine, or a hub's model is in a folder here."""
-    return not Path(recorded).is_dir() and (Path(recorded).is_absolute() or Path(named).is_dir())
+    there, here = Path(recorded).expanduser(), Path(named).expanduser()
+    return not there.is_dir() and (there.is_absolute() or here.is_dir())
 
 
 def take_over(student: PreTrainedModel, folder: Path, history: MergeHistory, dtype: DtypeName) -> bool:

@@ -110,6 +110,8 @@ class ProgressiveCollapse(Callback):
         beforehand.check_trains(module.phases, module.train_usually, module.begun.lineage, first_merge)
         if self.schedule is None:
             return
+        if not isinstance(module, Guest):
+            beforehand.check_merges(str(trainer.precision))
         if isinstance(module, Guest):
             self._check_guest(trainer, module)
         module.check_optimizer()

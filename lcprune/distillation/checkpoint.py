@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lcprune import demo
 from lcprune.distillation import adapters, quantized
 from lcprune.distillation.adapters import Lora
+from lcprune.distillation.fingerprint import Fingerprint, differences, fingerprint_of
 from lcprune.distillation.randomness import RngState
 from lcprune.distillation.storing import META, check_whole
 from lcprune.distillation.teacher import DtypeName, load
@@ -29,21 +30,8 @@ from lcprune.merging.surgery import mend_config
 
 KEY = "lcprune"
 """Where in a checkpoint the record is."""
-FINGERPRINT = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
-)
-"""Config fields by which a checkpoint's teacher is recognised."""
 PREFIX = "student."
 """What the tensors of DistillationModule's student are called in a state dict, before their own names."""
-
-Fingerprint = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -98,10 +86,8 @@ class Record:
 
     def check_fits(self, teacher: str, fingerprint: Fingerprint) -> None:
         """Raises InputError if the checkpoint was trained from another model than `teacher`."""
-        differing = [name for name, value in self.fingerprint.items() if fingerprint.get(name) != value]
-        if differing:
-            was = ", ".join(f"{name} {self.fingerprint[name]}" for name in differing)
-            now = ", ".join(f"{name} {fingerprint.get(name)}" for name in differing)
+        if found := differences(self.fingerprint, fingerprint):
+            was, now = found
             raise InputError(
                 f"ckpt_path names a checkpoint of another model ({self.history.teacher}: {was}) than "
                 f"model.teacher={teacher!r} ({now}): name the model it was trained from."
@@ -128,11 +114,6 @@ class Record:
         )
 
 
-def fingerprint_of(config: PretrainedConfig) -> Fingerprint:
-    """What tells one model from another without looking at weights."""
-    return {name: getattr(config, name, None) for name in FINGERPRINT}
-
-
 def read(path: Path) -> Record:
     """The record of a checkpoint file, which is looked over but whose weights are not read.
 
@@ -144,7 +125,8 @@ def read(path: Path) -> Record:
 
 def goes_on(path: Path) -> bool:
     """Whether a run can go on from a checkpoint: one of weights alone lacks the optimizer's state."""
-    return path.is_dir() or "optimizer_states" in load_file(path)
+    # A checkpoint in shards keeps the optimizer's state in files of its own, the schedules' beside our record.
+    return "lr_schedulers" in load_file(path / META) if path.is_dir() else "optimizer_states" in load_file(path)
 
 
 def check_goes_on(path: Path) -> None:

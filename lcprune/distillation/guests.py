@@ -24,7 +24,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lcprune.distillation.beginning import Reference
 from lcprune.distillation.boundary import StepBoundary
-from lcprune.distillation.checkpoint import KEY, Fingerprint, Record, fingerprint_of
+from lcprune.distillation.checkpoint import KEY, Record
+from lcprune.distillation.fingerprint import Fingerprint, fingerprint_of
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.phases import Begin, Phase
 from lcprune.distillation.randomness import restore_rng_state, rng_state, states_of_ranks

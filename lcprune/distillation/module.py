@@ -37,8 +37,8 @@ from lcprune.distillation.adapters import Lora
 from lcprune.distillation.beginning import Reference
 from lcprune.distillation.boundary import StepBoundary
 from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_levels
-from lcprune.distillation.checkpoint import Fingerprint, fingerprint_of
 from lcprune.distillation.faults import LossWatch
+from lcprune.distillation.fingerprint import Fingerprint, fingerprint_of
 from lcprune.distillation.levels import Level, Logits
 from lcprune.distillation.optim import Rewarming
 from lcprune.distillation.pair import TRUE
@@ -178,7 +178,7 @@ class DistillationModule(Resumable, Stepping):
         history = MergeHistory(depth, teacher=self.teacher_name)  # refuses a depth that no model has
         check_config(self.teacher_config, f"model.teacher={self.teacher_name!r}")
         if self.student_folder is not None:
-            return beginning.history_of(self.student_folder, self.teacher_name, depth)
+            return beginning.history_of(self.student_folder, self.teacher_name, self.teacher_config)
         return history
 
     @property

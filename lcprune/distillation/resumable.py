@@ -18,9 +18,10 @@ from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
 from lcprune.distillation.adapters import Lora
 from lcprune.distillation.boundary import StepBoundary
-from lcprune.distillation.checkpoint import KEY, PREFIX, Fingerprint, Record, read
+from lcprune.distillation.checkpoint import KEY, PREFIX, Record, read
 from lcprune.distillation.evaluated import Evaluated
 from lcprune.distillation.faults import check_weights
+from lcprune.distillation.fingerprint import Fingerprint
 from lcprune.distillation.pair import load_pair, storages
 from lcprune.distillation.randomness import RngState, states_of_ranks
 from lcprune.distillation.standing import Standing

@@ -298,6 +298,8 @@ class SpanSums:
     def stats(self, batches: Sequence[Batch]) -> LayerStats:
         """The means over all tokens that count of the batches that were added."""
         tokens = sum(map(tokens_in, batches))
+        if not tokens:
+            raise InputError("No token of the calibration text counts (all are padding): give text that is.")
         cosine = {n: tuple((total[0] / tokens).tolist()) for n, total in self._sums.items()}
         angle = {n: tuple((total[1] / tokens).tolist()) for n, total in self._sums.items()}
         return LayerStats(cosine, angle, tokens)
@@ -321,6 +323,7 @@ class Calibration:
     _scores: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "batches", tuple(self.batches))  # walked through more than once
         if not self.batches:
             raise InputError("There are no calibration batches: set data.calibration_blocks to 1 or more.")
 

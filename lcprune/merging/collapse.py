@@ -73,9 +73,9 @@ def plan(
     planner = planner if planner is not None else OneShotRanking()
     operator = operator if operator is not None else Drop()
     check(model, budget, planner, operator, refit)
-    planner.check_text(batches)
+    planner.check_text(calibration.batches)
     if refit is not None:
-        refit.check_text(batches)
+        refit.check_text(calibration.batches)
     target = budget.depth(model)
     if isinstance(budget, PerplexityRatio):
         steps = plan_within(calibration, planner, operator, budget, refit)
@@ -123,6 +123,7 @@ def execute(
         InputError: If the plan is for a model of another depth, or names an operator that does not exist, does not
             fit the family, or needs batches where there are none.
     """
+    batches = tuple(batches)
     calibration = Calibration(model, batches or ({},))
     depth = calibration.depth
     if history.teacher_depth != depth:
@@ -175,7 +176,7 @@ def collapse(
     refit: Refit | None = None,
 ) -> MergeHistory:
     """`plan`, then `execute`: shortens a model in place and returns what was done."""
-    known = KnownActivity()
+    known, batches = KnownActivity(), tuple(batches)
     history = plan(
         model,
         batches,

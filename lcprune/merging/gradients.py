@@ -10,7 +10,7 @@ among them; norms and biases do not count.
 The loss's gradient is walked from the head down to the first layer, all batches before the next layer: a layer is run
 again from its input, which hands back the gradient of that input and of the layer's weights. So the gradient of one
 layer exists at a time, summed over all text in float32 before its absolute value is taken; no Parameter ever sees
-one. Memory beside it: the stream before every layer, as searches keep it. Legend: `B` batch, `T` tokens, `N` scored
+one. Memory beside it: what `prefixes_of` keeps. Legend: `B` batch, `T` tokens, `N` scored
 tokens of a batch, `D` hidden.
 """
 

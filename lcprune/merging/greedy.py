@@ -7,7 +7,7 @@
 SLEB takes whole layers out: with `Drop` every layer is a candidate, merged into the layer before it (the first one
 into the second). Every other operator merges neighbours (l, l + 1). A search of n merges in L layers tries about
 n * L candidates at half a forward pass and a head each; `candidates` lets a cheap criterion choose which are tried.
-Memory: the calibration text's stream before every layer, and one merged layer per merge.
+Memory: what `prefixes_of` keeps of the calibration text's stream, and one merged layer per merge.
 """
 
 from collections.abc import Generator, Sequence

@@ -99,6 +99,67 @@ def test_export_makes_of_the_last_checkpoint_what_fit_exported(finished: Path, t
     assert all(torch.equal(exported[name], fitted[name]) for name in fitted)
 
 
+def test_export_of_a_checkpoint_named_from_its_own_folder_finds_the_runs_recipe(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(finished / "run" / "checkpoints")
+    assert main(["export", "last.ckpt", "--out", str(tmp_path / "short")]) == 0
+    assert (tmp_path / "short" / "recipe.yaml").read_text() == (finished / "run" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_student_of_a_checkpoint_is_stored_in_the_dtype_of_its_teacher(tmp_path: Path, precision: str):
+    teacher = save_tiny(tmp_path / "bf16", tiny_llama(dtype=torch.bfloat16))
+    content = recipe(teacher, text_file(tmp_path), tmp_path / "run", trainer__precision=precision)
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
+    last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert main(["export", last, "--out", str(tmp_path / "short")]) == 0
+    stored, exported = (load_file(tmp_path / place / "model.safetensors") for place in ("run/student", "short"))
+    assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
+    assert all(torch.equal(exported[name], tensor) for name, tensor in stored.items())
+
+
+def test_student_writes_conversations_as_it_has_learned_to(tiny_folder: Path, tmp_path: Path):
+    template = tmp_path / "plain.jinja"
+    template.write_text("{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}")
+    rows = [{"prompt": f"layer {number}", "response": f"merge {number} " * 8} for number in range(40)]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = recipe(tiny_folder, chat, tmp_path / "run", data__chat_template=str(template))
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
+    last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert main(["export", last, "--out", str(tmp_path / "short")]) == 0
+    for place in ("run/student", "short"):
+        assert AutoTokenizer.from_pretrained(tmp_path / place).chat_template == template.read_text()
+    template.unlink()
+    assert main(["export", last, "--out", str(tmp_path / "again")]) == 2
+
+
+def test_collapse_does_not_replace_its_own_teacher(config: str, tiny_folder: Path, tmp_path: Path):
+    teacher = Path(shutil.copytree(tiny_folder, tmp_path / "teacher"))
+    (teacher / "history.json").write_text(MergeHistory(6).to_json())
+    before = {path.name: path.read_bytes() for path in teacher.iterdir()}
+    for spelled in (teacher, f"{teacher}/"):
+        arguments = ["--config", config, "--model.teacher", str(spelled), "--out", str(teacher)]
+        assert main(["collapse", *arguments]) == 2
+    assert {path.name: path.read_bytes() for path in teacher.iterdir()} == before
+
+
+def test_validation_interval_longer_than_an_epoch_is_one_sentence(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", trainer__val_check_interval=1000)
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 2
+    said = capsys.readouterr().err
+    assert "trainer.val_check_interval=1000 is more than the" in said
+    assert "Traceback" not in said
+    content = recipe(
+        tiny_folder, text_file(tmp_path), tmp_path / "run",
+        trainer__val_check_interval=1000, trainer__check_val_every_n_epoch=None,
+    )  # fmt: skip
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
+
+
 def test_validate_of_a_checkpoint_gives_the_final_perplexity(
     finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
@@ -206,6 +267,22 @@ def test_fit_on_two_processes_ends_with_one_export(tiny_folder: Path, tmp_path: 
     done = python("-m", "lcprune", "fit", "--config", write(tmp_path, content), cwd=tmp_path, timeout=200)
     assert MergeHistory.load(tmp_path / "run" / "student" / "history.json").depth == 4
     assert done.stdout.count("what became of it") == 1
+
+
+def test_run_that_begins_anew_in_a_folder_puts_the_account_of_the_one_before_aside(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+):
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    (run / "metrics.1.csv").write_text("step\n1\n")
+    (run / "evaluation.json").write_text("{}")
+    before = {name: (run / name).read_bytes() for name in ("metrics.csv", "metrics.1.csv", "figures.json")}
+    content = recipe(tiny_folder, finished / "text.txt", run, trainer__max_steps=4)
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
+    assert {name: (run / "former" / name).read_bytes() for name in before} == before
+    assert {path.name for path in (run / "former").iterdir()} == {*before, "evaluation.json"}
+    assert {path.name for path in run.glob("*.csv")} == {"metrics.csv"}
+    assert not (run / "evaluation.json").exists()
+    assert (run / "figures.json").read_bytes() != before["figures.json"]
 
 
 def test_metrics_from_before_a_resume_are_kept(finished: Path, tiny_folder: Path, tmp_path: Path):

@@ -37,6 +37,14 @@ def learned(tokenizer: PreTrainedTokenizerFast, found: Tokens) -> list[list[str]
     return documents
 
 
+def test_what_a_template_takes_for_today_is_the_same_tomorrow(tmp_path: Path):
+    file = tmp_path / "dated.jinja"
+    now = "{{ strftime_now('%d %b %Y %H:%M:%S.%f') }} {{ strftime_now('%-d') ~ '.' }}"
+    file.write_text(f"{now} {{{{ date_string }}}} {{{{ messages[0].content }}}}")
+    expected = f"26 Jul 2024 00:00:00.000000 26. 26 Jul 2024 {CHAT[0]['content']}"
+    assert ChatTemplate(chats.characters(), file).write(CHAT) == expected
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama3", "qwen2.5", "gemma"])
 def test_learned_tokens_are_the_answers_and_their_end_of_turn_markers(tokenizer: PreTrainedTokenizerFast, name: str):
     found = tokens(tokenizer, chats.template(name), CHAT)

@@ -53,6 +53,14 @@ def test_task_on_which_the_teacher_scores_nothing_is_not_compared():
     }
 
 
+def test_what_is_better_lower_is_a_ratio_and_not_retained():
+    theirs, mine = (TaskFigures({"word_perplexity": value}, 10, lower_is_better=True) for value in (20.0, 26.0))
+    pair = Evaluation(_model("s", None, {"w": mine}), _model("t", None, {"w": theirs}))
+    assert pair.retained == {}
+    assert pair.ratios == {"w": 1.3}
+    assert json.loads(pair.to_json())["ratios"] == {"w": 1.3}
+
+
 def test_task_known_only_as_a_whole_is_retained_without_a_paired_error():
     whole = TaskFigures({"exact_match": 0.5}, 10)
     pair = Evaluation(_model("s", None, {"t": whole}), _model("t", None, {"t": whole}))

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lcprune.delivery import export as delivery
-from lcprune.delivery.export import check_target, export, folder_size
+from lcprune.delivery.export import check_target, export
 from lcprune.errors import DiskError, InputError
 from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.weights import size_of
 from tests.builders import FAMILIES, Family, tiny_llama, tiny_tokenizer, token_batches
 
 HISTORY = MergeHistory(
@@ -99,7 +100,7 @@ def test_export_is_proved_for_every_family(
     out = export(student, tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
     config = json.loads((out / "config.json").read_text())
     assert (config["num_hidden_layers"], config["dtype"]) == (4, str(dtype).removeprefix("torch."))
-    assert folder_size(out) >= student.num_parameters() * dtype.itemsize
+    assert size_of(out) >= student.num_parameters() * dtype.itemsize
 
 
 def test_compiled_student_whose_graphs_round_otherwise_is_exported(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
@@ -110,7 +111,7 @@ def test_compiled_student_whose_graphs_round_otherwise_is_exported(tmp_path: Pat
     for layer in student.model.layers:
         layer.forward = torch.compile(layer.forward, backend=rounding)
     export(student, tmp_path / "out", tokenizer=tokenizer, history=HISTORY)
-    assert delivery.folder_size(tmp_path / "out") > 0
+    assert size_of(tmp_path / "out") > 0
 
 
 def test_export_keeps_history_and_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lcprune.delivery.decoding import all_continuations, continuations
 from lcprune.delivery.likeness import compare, kinship, merge_untrained
-from lcprune.delivery.samples import PROMPT, prompts, side_by_side
+from lcprune.delivery.samples import PROMPT, openings, prompts, side_by_side
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.calibration import evaluating, layer_outputs
@@ -108,6 +109,33 @@ def test_prompts_are_spread_over_the_text_and_at_most_half_of_a_block():
     assert len(prompts(batches, 100)) == 6
     assert prompts(batches, 0) == []
     assert len(prompts([{"input_ids": torch.zeros(1, 500, dtype=torch.int64)}], 1)[0]) == PROMPT
+
+
+def test_conversations_are_given_up_to_their_first_answer():
+    ids_BT = torch.arange(10).repeat(4, 1) + torch.tensor([[0], [10], [20], [30]])
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, :2] = 0  # padding on the left
+    learned = torch.zeros_like(ids_BT, dtype=torch.bool)
+    learned[0, 4:6] = learned[0, 8:] = learned[1, 6:] = True  # two answers, one; in row 2 none, row 3 is running text
+    learned[3, 1:] = True
+    labels_BT = ids_BT.masked_fill(~learned, -100)
+    batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+    assert [one.tolist() for one in openings(batch)] == [
+        [0, 1, 2, 3], [12, 13, 14, 15], [20, 21, 22, 23, 24], [30, 31, 32, 33, 34]
+    ]  # fmt: skip
+
+
+def test_conversations_of_one_row_are_given_from_their_own_beginning():
+    labels_BT = torch.tensor([[0, -100, -100, -100, -100, 5, 6, -100]])  # the row begins within an answer
+    positions_BT = torch.tensor([[7, 8, 0, 1, 2, 3, 4, 0]])
+    batch = {"input_ids": torch.arange(8)[None], "labels": labels_BT, "position_ids": positions_BT}
+    assert [one.tolist() for one in openings(batch)] == [[2, 3, 4]]
+
+
+def test_prompts_of_several_lengths_are_continued_each_as_alone(tiny_llama: Models):
+    prompts_of = [torch.tensor(ids) for ids in ([1, 2, 3], [4, 5], [6, 7, 8], [9])]
+    together = all_continuations(tiny_llama(), prompts_of, 5)
+    assert together == [continuations(tiny_llama(), ids_T[None], 5)[0] for ids_T in prompts_of]
 
 
 def test_both_models_go_on_greedily_from_the_same_words(

@@ -1,5 +1,6 @@
 """A run that begins where `lcprune collapse` or an earlier run has left a student."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,9 @@ def test_packed_base_is_refused(tiny_folder: Path, short: Path):
 def test_teacher_may_be_spelled_in_another_way(tiny_folder: Path, short: Path, monkeypatch: pytest.MonkeyPatch):
     expected = runs.student_of(tiny_folder, student=short).history.depth
     monkeypatch.chdir(tiny_folder.parent)
-    for spelled in (Path(tiny_folder.name), tiny_folder.parent / "." / tiny_folder.name, f"{tiny_folder}/"):
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    name = tiny_folder.name
+    for spelled in (f"~/{name}", Path(name), tiny_folder.parent / "." / name, f"{tiny_folder}/"):
         assert DistillationModule(teacher=str(spelled), student=short).history.depth == expected
 
 
@@ -153,6 +156,19 @@ def test_student_from_another_machine_is_taken_with_a_warning(
     with pytest.warns(UserWarning, match=f"descends from '{recorded}', which is not here: .* taken for the same model"):
         found = runs.student_of(tiny_folder, student=moved).history
     assert (found.lineage, found.teacher) == (expected, str(tiny_folder))
+
+
+@pytest.mark.parametrize("named", ["intermediate_size", "hidden_size", "vocab_size"])
+def test_student_from_another_machine_of_another_shape_is_refused(
+    tiny_folder: Path, short: Path, tmp_path: Path, named: str
+):
+    moved = _descending_from("/no/such/folder/llama", short, tmp_path)
+    other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    double = 2 * config[named]
+    (other / "config.json").write_text(json.dumps(config | {named: double}), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"of another shape \({named} \d+\) than .* \({named} {double}\)"):
+        _ = DistillationModule(teacher=str(other), student=moved).history
 
 
 def test_student_of_another_model_on_the_hub_is_refused(short: Path, tmp_path: Path):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lcprune import AtSteps, ProgressiveCollapse, TextDataModule
 from lcprune.distillation import checkpoint
-from lcprune.distillation.checkpoint import KEY, Record, fingerprint_of, load_student, read
+from lcprune.distillation.checkpoint import KEY, Record, load_student, read
+from lcprune.distillation.fingerprint import fingerprint_of
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.randomness import restore_rng_state, rng_state
 from lcprune.errors import InputError

@@ -204,7 +204,7 @@ def test_head_loss_in_float16_neither_loses_nor_overflows_under_a_loss_scale(sca
         (factor * head_loss(states, head, teacher.to(dtype), head, targets_N=targets).total).backward()
         assert states.grad is not None
         gradients.append(states.grad.double() / factor)
-    assert (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 0.05
+    assert (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 0.011  # divided before it is scaled: 0.013
 
 
 class Largest(TorchDispatchMode):
