@@ -29,6 +29,7 @@ from lcprune.distillation.beginning import history_of
 from lcprune.distillation.teacher import DtypeName, load, second_view
 from lcprune.errors import InputError
 from lcprune.files import check_file
+from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import MergeHistory
 
@@ -136,6 +137,12 @@ def _pair(found: Run, own: Namespace) -> _Pair:
         raise InputError(f"there are no weights of the student{f'; {way}' if way else ' (RUN/student)'}.")
     if not found.teacher:
         raise InputError("neither recipe nor history names the original.")
+    config = demo.read_config(found.teacher)
+    depth = layout_of(config).depth_of(config)
+    if depth != found.history.teacher_depth:
+        raise InputError(
+            f"{found.teacher} has {depth} layers, the student's original had {found.history.teacher_depth}."
+        )
     data = _text(found)
     data.setup()
     dtype: DtypeName = own.dtype or _dtype(found)

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lcprune import __version__, demo, weights
@@ -194,6 +194,7 @@ class RecipeCLI(LightningCLI):
                 f"trainer.precision={self.trainer.precision}",
                 "--trainer.precision 32-true",
             )
+        self._say_where()
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to, self.model.teacher_name)
         self.trainer.callbacks.append(SaveOnSignal())  # type: ignore[attr-defined]  # behind Lightning's own
@@ -254,6 +255,15 @@ class RecipeCLI(LightningCLI):
             raise InputError(
                 f"ckpt_path={path} under ModelParallelStrategy: how many layers to cut into shards has to be known "
                 "before anything is loaded, name the checkpoint's own path."
+            )
+
+    def _say_where(self) -> None:
+        """Where a logger keeps a run elsewhere than in the folder that looks like the run's."""
+        folder, named = self.run_folder.resolve(), Path(self.trainer.default_root_dir).resolve()
+        if folder != named and named not in folder.parents:
+            rank_zero_warn(
+                f"the run is kept in {self.run_folder}, where trainer.logger writes, and not in "
+                f"trainer.default_root_dir={self.trainer.default_root_dir}: to move it, set the logger's save_dir, too"
             )
 
     @property

@@ -74,7 +74,8 @@ def test_fit_logs_the_metrics_by_their_names(finished: Path):
 def test_saved_recipe_is_one_that_fit_accepts(finished: Path, tmp_path: Path):
     saved = finished / "run" / "recipe.yaml"
     out = tmp_path / "again"
-    assert main(["fit", "--config", str(saved), "--out", str(out), "--trainer.default_root_dir", str(tmp_path)]) == 0
+    moved = ["--trainer.default_root_dir", str(tmp_path), "--trainer.logger.init_args.save_dir", str(tmp_path)]
+    assert main(["fit", "--config", str(saved), "--out", str(out), *moved]) == 0
     first = AutoModelForCausalLM.from_pretrained(finished / "run" / "student").state_dict()
     again = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -143,6 +144,14 @@ def test_collapse_does_not_replace_its_own_teacher(config: str, tiny_folder: Pat
         arguments = ["--config", config, "--model.teacher", str(spelled), "--out", str(teacher)]
         assert main(["collapse", *arguments]) == 2
     assert {path.name: path.read_bytes() for path in teacher.iterdir()} == before
+
+
+def test_run_that_a_logger_keeps_elsewhere_says_where(tiny_folder: Path, tmp_path: Path):
+    content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", trainer__max_steps=4)
+    content["trainer"]["default_root_dir"] = str(tmp_path / "moved")  # type: ignore[index]
+    with pytest.warns(UserWarning, match=r"kept in .*run, where trainer\.logger writes, .* the logger's save_dir, too"):
+        assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
+    assert (tmp_path / "run" / "student").is_dir()
 
 
 def test_validation_interval_longer_than_an_epoch_is_one_sentence(

@@ -174,6 +174,7 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "missing text": (["--text", "nowhere.txt"], ("--text nowhere.txt", "does not exist")),
     "missing config": (["--config", "nowhere.yaml"], ("nowhere.yaml", "does not exist")),
     "missing task folder": (["--task-folder", "nowhere"], ("nowhere", "is not a folder")),
+    "task folder without tasks": (["--task-folder", "{empty}"], ("empty", "holds no NAME.jsonl")),
     "folder as out": (["--out", "."], ("is a folder", "name a file")),
     "one out for two models": (["{other}", "--out", "e.json"], ("--out", "2 models")),
     "model that is not there": (["./nowhere"], ("./nowhere", "does not exist")),

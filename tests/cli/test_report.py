@@ -9,6 +9,7 @@ import pytest
 
 from lcprune.cli import main
 from lcprune.delivery import training_log
+from tests.builders import save_tiny, tiny_llama
 from tests.cli.recipe import recipe, text_file, write
 from tests.delivery import run_folders
 from tests.delivery.test_report import Elements
@@ -73,6 +74,15 @@ def test_report_of_a_run_whose_teacher_is_gone_says_so(run: Path):
     (run / "recipe.yaml").write_text(saved.replace(teacher, "  teacher: ./nowhere"))
     assert main(["report", str(run)]) == 0
     assert "'./nowhere' looks like a local path but does not exist" in text_of(run)
+
+
+def test_report_of_a_run_whose_teacher_has_become_another_says_so(run: Path, tmp_path: Path):
+    saved = (run / "recipe.yaml").read_text()
+    teacher = next(line for line in saved.splitlines() if line.startswith("  teacher: "))
+    other = save_tiny(tmp_path / "other", tiny_llama(3))
+    (run / "recipe.yaml").write_text(saved.replace(teacher, f"  teacher: {other}"))
+    assert main(["report", str(run)]) == 0
+    assert f"{other} has 3 layers, the student's original had 6" in text_of(run)
 
 
 def test_report_of_a_run_whose_text_is_gone_says_so(run: Path):

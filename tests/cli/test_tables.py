@@ -1,8 +1,11 @@
 """The table of a plan says everything and fits a terminal of 80 columns."""
 
+from pathlib import Path
+
 import pytest
 
 from lcprune.cli import tables
+from lcprune.delivery.figures import Figures, ModelFigures
 from lcprune.merging.concat import Concat
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, Rdsc, spec_of
@@ -43,3 +46,11 @@ def test_plan_with_one_large_group_stays_short_and_narrow(capsys: pytest.Capture
     assert max(map(len, lines)) <= 80
     cells = [line.split("│")[5] for line in lines if line.startswith("│")]
     assert " ".join("".join(cells).split()) == "0.50 for member 1 of 30"
+
+
+def test_speeds_that_were_not_measured_are_left_out(capsys: pytest.CaptureFixture[str]):
+    model = ModelFigures(layers=4, parameters=10**6, bytes=2**21)
+    for speed, cell in (({"teacher": 1000.0, "student": 1500.0}, "1,500"), ({}, "")):
+        tables.closing(Figures(model, model, speed, MergeHistory(4), {}), Path("out"))
+        student = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ student"))
+        assert student.split("│")[5].strip() == cell

@@ -184,6 +184,14 @@ def test_broken_file_is_named_in_the_report(tmp_path: Path, broken: dict[str, st
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_speeds_that_were_not_measured_are_left_out(tmp_path: Path):
+    said = json.dumps({**figures(six_to_three()), "speed": {}})
+    timed = Elements(page(write(tmp_path / "timed"))).text
+    untimed = Elements(page(write(tmp_path / "untimed", figures__json=said))).text
+    assert "tokens/s, was" in timed
+    assert "tokens/s, was" not in untimed
+
+
 def test_run_without_merges_says_so(tmp_path: Path):
     text = Elements(page(write(tmp_path / "run", MergeHistory(6, teacher="a/b")))).text
     assert "b: 6 layers, none merged" in text

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lcprune import AtSteps, ProgressiveCollapse, TextDataModule
 from lcprune.distillation import checkpoint
-from lcprune.distillation.checkpoint import KEY, Record, load_student, read
+from lcprune.distillation.checkpoint import KEY, Record, goes_on, load_student, read
 from lcprune.distillation.fingerprint import fingerprint_of
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.randomness import restore_rng_state, rng_state
+from lcprune.distillation.storing import META
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeHistory, MergeStep
@@ -225,3 +226,10 @@ def test_validation_of_a_checkpoint_has_its_depth(
     assert module.history == finished[1].history
     (again,) = runs.trainer_for(tmp_path).validate(finished[1], data, verbose=False)
     assert logged == again
+
+
+@pytest.mark.parametrize("kept", [{"lr_schedulers": []}, {}], ids=["whole", "weights alone"])
+def test_checkpoint_in_shards_says_whether_a_run_can_go_on_from_it(tmp_path: Path, kept: dict[str, object]):
+    """As Lightning's ModelParallelStrategy leaves them: what is no tensor lies in one file of its own."""
+    torch.save({"global_step": 3, **kept}, tmp_path / META)
+    assert goes_on(tmp_path) is bool(kept)

@@ -2,9 +2,10 @@
 
 import pytest
 
-from lcprune.distillation.beforehand import check_precision, warn_of_phases
+from lcprune.distillation.beforehand import check_merges, check_precision, warn_of_phases
 from lcprune.distillation.levels import Labels, Local, Logits
 from lcprune.distillation.phases import Phase, check, now
+from lcprune.distillation.teacher import DtypeName
 from lcprune.distillation.trained import Trained
 from lcprune.errors import InputError
 
@@ -63,11 +64,17 @@ def test_last_phase_that_never_begins_is_said():
     warn_of_phases((LAST,), 0, 1)
 
 
-def test_float16_weights_are_not_trained_under_a_loss_scale_but_adapters_on_them_are():
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_16_bits_are_not_trained_under_a_loss_scale_but_adapters_on_them_are(dtype: DtypeName):
     phases = [Phase([Logits()])]
-    with pytest.raises(InputError, match=r"model\.dtype=float16 .* set model\.dtype: float32"):
-        check_precision("16-mixed", "float16", phases, "all")
-    check_precision("16-mixed", "float16", phases, "lora")
+    with pytest.raises(InputError, match=rf"model\.dtype={dtype} .* set model\.dtype: float32"):
+        check_precision("16-mixed", dtype, phases, "all")
+    check_precision("16-mixed", dtype, phases, "lora")
     check_precision("16-mixed", "float32", phases, "all")
+
+
+def test_double_precision_is_refused_where_layers_merge_and_only_there():
+    check_precision("64-true", "float32", [Phase([Logits()])], "all")
+    check_merges("32-true")
     with pytest.raises(InputError, match=r"trainer\.precision=64-true"):
-        check_precision("64-true", "float32", phases, "all")
+        check_merges("64-true")
