@@ -5,7 +5,6 @@ fit --ckpt_path      the metrics so far become metrics.1.csv and so on
 validate, test       log into validate.csv, test.csv
 """
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lcprune.delivery.export import RECIPE
 from lcprune.delivery.runs import EVALUATION, FIGURES
 from lcprune.delivery.training_log import METRICS, numbered
 
@@ -22,13 +22,21 @@ FORMER = "former"
 @rank_zero_only
 def put_aside(folder: Path) -> None:
     """Moves the account of an earlier run, if one is here, where nobody takes it for the one that begins."""
-    names = [METRICS, *(f"metrics.{number}.csv" for number in numbered(folder)), FIGURES, EVALUATION]
-    there = [folder / name for name in names if (folder / name).is_file()]
+    if not (folder / RECIPE).is_file():  # files of these names are not a run's
+        return
+    there, aside = _account(folder), folder / FORMER
     if there:
-        shutil.rmtree(folder / FORMER, ignore_errors=True)
-        (folder / FORMER).mkdir()
+        aside.mkdir(exist_ok=True)
+        for path in _account(aside):
+            path.unlink()
     for path in there:
-        path.rename(folder / FORMER / path.name)
+        path.rename(aside / path.name)
+
+
+def _account(folder: Path) -> list[Path]:
+    """What says how a run went."""
+    names = [METRICS, *(f"metrics.{number}.csv" for number in numbered(folder)), FIGURES, EVALUATION]
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 @rank_zero_only
