@@ -75,18 +75,18 @@ def grids(
     operators: Sequence[str],
     refits: Sequence[str],
 ) -> str:
-    """A table of Markdown for each refit, planners by operators: the ratios to the dense model at all depths.
+    """A table of Markdown for each planner, operators by refits: the ratios to the dense model at all depths.
 
     `-` where the planner stops before, `?` where nothing was measured.
     """
     tables = []
-    for refit in refits:
-        lines = [[f"`{refit or 'no refit'}`", *(f"`{operator}`" for operator in operators)]]
-        lines.append(["---"] * (1 + len(operators)))
-        for planner in planners:
-            rows = [results.get(f"{planner}-{operator}{refit}") for operator in operators]
+    for planner in planners:
+        lines = [[f"`{planner}`", *(f"`{refit[1:]}`" if refit else "no refit" for refit in refits)]]
+        lines.append(["---"] * (1 + len(refits)))
+        for operator in operators:
+            rows = [results.get(f"{planner}-{operator}{refit}") for refit in refits]
             if any(rows):
-                lines.append([f"`{planner}`", *(_ratios(row, depths) if row else "" for row in rows)])
+                lines.append([f"`{operator}`", *(_ratios(row, depths) if row else "" for row in rows)])
         if len(lines) > 2:
             tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(tables)

@@ -129,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", nargs="+", default=DEFAULT, metavar="METHOD", help="names and patterns")
     parser.add_argument("--results", type=Path, help="JSON lines: figures are read from there and appended")
     parser.add_argument("--table", action="store_true", help="print a Markdown table")
-    parser.add_argument("--grids", action="store_true", help="print planners by operators, a Markdown table per refit")
+    parser.add_argument(
+        "--grids", action="store_true", help="print operators by refits, a Markdown table for each planner"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)
     try:

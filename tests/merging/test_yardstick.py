@@ -85,13 +85,14 @@ def test_what_a_file_holds_is_not_measured_again(tmp_path: Path):
     assert Results(file, {"dtype": "bfloat16"}).get("dense") is None
 
 
-def test_grids_hold_the_ratios_of_every_refit_by_planner_and_operator():
+def test_grids_hold_the_ratios_of_every_planner_by_operator_and_refit():
     row = {27: {"perplexity": 37.3, "ratio": 1.2123}, 24: {"perplexity": 1e6, "ratio": 32500.0}}
     found = {"bi-drop": row | {22: {"perplexity": None}}, "bi-drop-ridge": {27: row[27]}, "come-concat": row}
     assert grids(found, [27, 24, 22], ["bi", "block", "come"], ["drop", "concat"], ["", "-mlp", "-ridge"]) == (
-        "| `no refit` | `drop` | `concat` |\n| --- | --- | --- |\n"
-        "| `bi` | 1.21 32,500 - |  |\n| `come` |  | 1.21 32,500 ? |\n\n"
-        "| `-ridge` | `drop` | `concat` |\n| --- | --- | --- |\n| `bi` | 1.21 ? ? |  |"
+        "| `bi` | no refit | `mlp` | `ridge` |\n| --- | --- | --- | --- |\n"
+        "| `drop` | 1.21 32,500 - |  | 1.21 ? ? |\n\n"
+        "| `come` | no refit | `mlp` | `ridge` |\n| --- | --- | --- | --- |\n"
+        "| `concat` | 1.21 32,500 ? |  |  |"
     )
 
 
