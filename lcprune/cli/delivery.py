@@ -7,8 +7,6 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from lcprune import demo, weights
 from lcprune.cli.arguments import CommandParser
 from lcprune.cli.quiet import quieten
@@ -16,7 +14,8 @@ from lcprune.cli.subjects import look_at
 from lcprune.data.chat import with_template
 from lcprune.delivery import gguf, hub
 from lcprune.delivery.export import RECIPE, check_target, export
-from lcprune.distillation.checkpoint import load_student
+from lcprune.delivery.runs import TEMPLATE
+from lcprune.distillation.checkpoint import load_student, read
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
 
@@ -79,37 +78,27 @@ def _check(own: argparse.Namespace) -> None:
 
 def _exported(checkpoint: Path, out: Path) -> Path:
     """The student of a checkpoint as a folder."""
+    recipe, template = (_kept(checkpoint, name) for name in (RECIPE, TEMPLATE))
+    check_target(out, read(checkpoint).history.teacher)
     student, record = load_student(checkpoint)
-    teacher, recipe = record.history.teacher, checkpoint.resolve().parent.parent / RECIPE
-    check_target(out, teacher)
+    teacher = record.history.teacher
     cast(student, stored_dtype(demo.read_config(teacher)))
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     export(
         student,
         out,
-        tokenizer=with_template(demo.load_tokenizer(teacher), _template_in(text)),
+        tokenizer=with_template(demo.load_tokenizer(teacher), template),
         history=replace(record.history, teacher=demo.public_name(teacher)),
-        recipe=text,
+        recipe=recipe,
         license=demo.license_of(teacher),
     )
     print(f"student: {out}")
     return out
 
 
-def _template_in(recipe: str | None) -> Path | None:
-    """The file that a run's recipe names as data.chat_template, where it is still there."""
-    content = None if recipe is None else yaml.safe_load(recipe)
-    data = content.get("data") if isinstance(content, dict) else None
-    named = data.get("chat_template") if isinstance(data, dict) else None
-    if named is None:
-        return None
-    file = Path(named).expanduser()
-    if not file.is_file():
-        raise InputError(
-            f"data.chat_template={named} of the run's {RECIPE} is not a file any more, and the student has learned to "
-            "answer in its format: put it back."
-        )
-    return file
+def _kept(checkpoint: Path, name: str) -> str | None:
+    """A text that a run keeps in its folder, above that of its checkpoints."""
+    file = checkpoint.absolute().parent.parent / name
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _whole(source: Path) -> Path:

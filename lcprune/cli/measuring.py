@@ -126,9 +126,7 @@ def evaluated(job: Job, tasks: Tasks, known: Known) -> Evaluation:
     models, text = _read_text(job)
     answers = _answered(job, models, tokenizer, tasks, known)
     prompts = _prompts(job.text.batches)
-    texts = {
-        who: decoding.all_continuations(model, prompts, _room(model, prompts), who) for who, model in models.items()
-    }
+    texts = {who: decoding.all_continuations(model, prompts, WRITTEN, who) for who, model in models.items()}
     rates = _timed(models, job.text.batches[0]["input_ids"], prompts[0])
     figures = {
         who: ModelEvaluation(
@@ -189,17 +187,10 @@ def _prompts(batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     return list(islice(chain.from_iterable(map(openings, batches)), PROMPTS))
 
 
-def _room(model: PreTrainedModel, prompts: Sequence[Tensor]) -> int:
-    """How many tokens a model may add to its prompts."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return WRITTEN if positions is None else max(1, min(WRITTEN, positions - max(map(len, prompts))))
-
-
 def _timed(models: Models, ids_BT: Tensor, prompt_T: Tensor) -> dict[str, dict[str, float]]:
     prefill = speed.prefill(models, ids_BT)
-    decode = speed.decode(
-        models, prompt_T, min(speed.DECODED, *(_room(model, [prompt_T]) for model in models.values()))
-    )
+    number = min(decoding.room(model, len(prompt_T), speed.DECODED) for model in models.values())
+    decode = speed.decode(models, prompt_T, number)
     return {who: {"prefill": prefill[who], "decode": decode[who]} for who in models}
 
 

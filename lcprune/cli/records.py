@@ -1,6 +1,6 @@
 """What a run has logged stays: CSVLogger deletes the metrics.csv that it finds, whatever command it logs for.
 
-fit                  what an earlier run has left of its account lies in former/, and no account mixes two runs
+fit                  what an earlier run has left of its account goes into former.1 and so on
 fit --ckpt_path      the metrics so far become metrics.1.csv and so on
 validate, test       log into validate.csv, test.csv
 """
@@ -10,32 +10,47 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lcprune.delivery.export import RECIPE
-from lcprune.delivery.runs import EVALUATION, FIGURES
+from lcprune.delivery.runs import EVALUATION, FIGURES, TEMPLATE
 from lcprune.delivery.training_log import METRICS, numbered
+from lcprune.files import write_text
 
-FORMER = "former"
+
+def say_where(folder: Path, asked: str | None) -> None:
+    """Warns where a logger keeps a run elsewhere than in the trainer.default_root_dir that a recipe asks for."""
+    named = None if asked is None else Path(asked).resolve()
+    if named is not None and named not in (folder.resolve(), *folder.resolve().parents):
+        rank_zero_warn(
+            f"the run is kept in {folder}, where trainer.logger writes, and not in trainer.default_root_dir={asked}: "
+            "to move it, set the logger's save_dir, too"
+        )
 
 
 @rank_zero_only
 def put_aside(folder: Path) -> None:
     """Moves the account of an earlier run, if one is here, where nobody takes it for the one that begins."""
-    if not (folder / RECIPE).is_file():  # files of these names are not a run's
-        return
-    there, aside = _account(folder), folder / FORMER
+    there = _account(folder) if (folder / RECIPE).is_file() else []  # else files of these names are not a run's
     if there:
-        aside.mkdir(exist_ok=True)
-        for path in _account(aside):
-            path.unlink()
-    for path in there:
-        path.rename(aside / path.name)
+        numbers = (int(path.suffix[1:]) for path in folder.glob("former.*") if path.suffix[1:].isdecimal())
+        aside = folder / f"former.{1 + max(numbers, default=0)}"
+        aside.mkdir()
+        for path in there:
+            path.rename(aside / path.name)
+
+
+@rank_zero_only
+def keep_template(folder: Path, template: str | None) -> None:
+    """Keeps what conversations are written by beside the recipe: its own file may go, and the student needs it."""
+    if template is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / TEMPLATE, template)
 
 
 def _account(folder: Path) -> list[Path]:
     """What says how a run went."""
-    names = [METRICS, *(f"metrics.{number}.csv" for number in numbered(folder)), FIGURES, EVALUATION]
+    names = [METRICS, *(f"metrics.{number}.csv" for number in numbered(folder)), FIGURES, EVALUATION, TEMPLATE]
     return [folder / name for name in names if (folder / name).is_file()]
 
 

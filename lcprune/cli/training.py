@@ -11,6 +11,7 @@ from argparse import RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from lcprune import __version__, demo, weights
@@ -30,7 +31,7 @@ from lcprune.cli.bars import TrainingBar
 from lcprune.cli.messages import ParseError, cause_of, fields_within, key_of, one_line, one_sentence, too_seldom, unmade
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
-from lcprune.cli.records import keep_metrics, log_apart, put_aside
+from lcprune.cli.records import keep_metrics, keep_template, log_apart, put_aside, say_where
 from lcprune.cli.resuming import last_checkpoint, last_state
 from lcprune.data.chat import with_template
 from lcprune.data.module import TextDataModule
@@ -42,7 +43,7 @@ from lcprune.distillation.beforehand import say_if_slow
 from lcprune.distillation.callbacks import ProgressiveCollapse, measure
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F401 - short names in recipes
-from lcprune.distillation.quantized import packed_names
+from lcprune.distillation.quantized import holds_packed
 from lcprune.distillation.signals import STATUS, SaveOnSignal, Terminated
 from lcprune.distillation.storing import AtomicCheckpointIO
 from lcprune.distillation.strategies import is_sharding
@@ -194,7 +195,7 @@ class RecipeCLI(LightningCLI):
                 f"trainer.precision={self.trainer.precision}",
                 "--trainer.precision 32-true",
             )
-        self._say_where()
+        say_where(self.run_folder, self._get(self.config_init, "trainer", default={}).get("default_root_dir"))
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to, self.model.teacher_name)
         self.trainer.callbacks.append(SaveOnSignal())  # type: ignore[attr-defined]  # behind Lightning's own
@@ -202,6 +203,8 @@ class RecipeCLI(LightningCLI):
             keep_metrics(self.run_folder)
         elif not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             put_aside(self.run_folder)
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            keep_template(self.run_folder, self.template)
 
     def _find_last(self, find: Callable[[Trainer], Path | None]) -> None:
         """`--ckpt_path last` becomes a path, and the checkpoint is looked over as any other."""
@@ -257,15 +260,6 @@ class RecipeCLI(LightningCLI):
                 "before anything is loaded, name the checkpoint's own path."
             )
 
-    def _say_where(self) -> None:
-        """Where a logger keeps a run elsewhere than in the folder that looks like the run's."""
-        folder, named = self.run_folder.resolve(), Path(self.trainer.default_root_dir).resolve()
-        if folder != named and named not in folder.parents:
-            rank_zero_warn(
-                f"the run is kept in {self.run_folder}, where trainer.logger writes, and not in "
-                f"trainer.default_root_dir={self.trainer.default_root_dir}: to move it, set the logger's save_dir, too"
-            )
-
     @property
     def run_folder(self) -> Path:
         """Where this run's metrics, checkpoints and student are."""
@@ -315,7 +309,7 @@ class RecipeCLI(LightningCLI):
             teacher=model_figures(teacher, weights.folder_of(module.teacher_name)),
             student=model_figures(module.student, out),
             # A teacher in 4 or 8 bit unpacks itself at every step: its speed is not the original's.
-            speed={} if packed_names(teacher) else throughput(teacher, out, batch),
+            speed={} if holds_packed(teacher) else throughput(teacher, out, batch),
             history=module.history,
             final=final,
         )
@@ -323,7 +317,13 @@ class RecipeCLI(LightningCLI):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The student's: the teacher's, which writes conversations as the text was read."""
-        return with_template(demo.load_tokenizer(self.model.teacher_name), self.datamodule.chat_template)
+        return with_template(demo.load_tokenizer(self.model.teacher_name), self.template)
+
+    @cached_property
+    def template(self) -> str | None:
+        """What data.chat_template says, as it was when first asked for."""
+        file = self.datamodule.chat_template
+        return None if file is None else file.read_text(encoding="utf-8")
 
     @property
     def recipe_text(self) -> str:

@@ -35,11 +35,12 @@ TODAY = datetime(2024, 7, 26)
 DAY = TODAY.strftime("%d %b %Y")
 """What Llama 3's templates take for today, their own default: a run that is resumed tomorrow reads the same text."""
 _FORMATS = {f"%{letter}": TODAY.strftime(f"%{letter}") for letter in "aAbBdHIjmMpSfwyYUWcxX"}
-_FORMATS |= {f"%-{letter}": str(int(_FORMATS[f"%{letter}"])) for letter in "dmHIMSj"}
+_FORMATS |= {f"%-{letter}": str(int(_FORMATS[f"%{letter}"])) for letter in "dmHIMSjy"}
+_FORMATS |= {"%e": "26", "%h": "Jul", "%D": "07/26/24", "%F": "2024-07-26", "%R": "00:00", "%T": "00:00:00"}
 _THE_DAY = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(f" | replace({name!r}, {text!r})" for name, text in _FORMATS.items())
-    + " }}{%- endmacro -%}"
+    + " }}{%- endmacro %}{{ '' }}"
 )
 """Put before a template that asks transformers for the time: a macro goes before a function of the same name."""
 
@@ -137,10 +138,10 @@ class ChatTemplate:
         return ids, learned
 
 
-def with_template(tokenizer: "PreTrainedTokenizerBase", file: Path | None) -> "PreTrainedTokenizerBase":
-    """A tokenizer that writes conversations by the template in a file; as it is where there is none."""
-    if file is not None:
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+def with_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> "PreTrainedTokenizerBase":
+    """A tokenizer that writes conversations by a template; as it is where there is none."""
+    if template is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 

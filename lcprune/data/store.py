@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LEAST = 1_000_000
 """Characters of a text that is worth a file: about a second's work."""
-_FORMAT = 2  # raised when the same documents come to give other tokens
+_FORMAT = 3  # raised when the same documents come to give other tokens
 
 
 def kept(

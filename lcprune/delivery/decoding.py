@@ -61,13 +61,23 @@ def continuations(model: PreTrainedModel, prompt_BT: Tensor, number: int, what: 
 def all_continuations(
     model: PreTrainedModel, prompts: Sequence[Tensor], number: int, what: str = "text"
 ) -> list[list[int]]:
-    """`continuations` of prompts [T] of any lengths, in their order; those of one length are written together."""
+    """`continuations` of prompts [T] of any lengths, in their order; those of one length are written together.
+
+    No text goes beyond the positions that the model knows.
+    """
     written: dict[int, list[int]] = {}
     for length in sorted(set(map(len, prompts))):
         places = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
-        texts = continuations(model, torch.stack([prompts[place] for place in places]), number, what)
+        together = torch.stack([prompts[place] for place in places])
+        texts = continuations(model, together, room(model, length, number), what)
         written.update(zip(places, texts, strict=True))
     return [written[place] for place in range(len(prompts))]
+
+
+def room(model: PreTrainedModel, given: int, number: int) -> int:
+    """How many tokens, up to a number and at least one, a model may write behind so many."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return number if positions is None else max(1, min(number, positions - given))
 
 
 def repetition(texts: Sequence[Sequence[int]], n: int = NGRAM) -> float | None:

@@ -173,7 +173,7 @@ def check_target(out: Path, teacher: str | None = None) -> None:
         teacher: The original's name, which may be an earlier export and must not be replaced.
     """
     out = out.resolve()
-    if teacher is not None and Path(teacher).expanduser().resolve() == out:
+    if teacher is not None and out.is_dir() and Path(teacher).expanduser().resolve() == out:
         raise InputError(f"out={out} is model.teacher, which stays as it is: name another folder for the student.")
     if out.exists() and not _is_replaceable(out):
         raise InputError(

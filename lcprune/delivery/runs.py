@@ -25,6 +25,8 @@ from lcprune.errors import InputError
 from lcprune.merging.lineage import HISTORY, MergeHistory
 
 FIGURES, EVALUATION, STUDENT, CHECKPOINTS = "figures.json", "evaluation.json", "student", "checkpoints"
+TEMPLATE = "chat_template.jinja"
+"""What data.chat_template said when the run began."""
 
 
 @dataclass(frozen=True)

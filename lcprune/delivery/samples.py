@@ -3,15 +3,15 @@
 A conversation is given up to its first answer, of which both write their own. Legend: `B` rows, `T` tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lcprune.delivery.decoding import continuations
-from lcprune.merging.calibration import Batch
+from lcprune.delivery.decoding import all_continuations
+from lcprune.merging.calibration import Batch, mask_of
 from lcprune.merging.progress import track
 
 PROMPT, ANSWER = 32, 48
@@ -43,27 +43,34 @@ def side_by_side(
     return tuple(
         Sample(
             prompt=_text(tokenizer, ids_T),
-            teacher=_text(tokenizer, continuations(teacher, ids_T[None], ANSWER, "teacher")[0]),
-            student=_text(tokenizer, continuations(student, ids_T[None], ANSWER, "student")[0]),
+            teacher=_text(tokenizer, all_continuations(teacher, [ids_T], ANSWER, "teacher")[0]),
+            student=_text(tokenizer, all_continuations(student, [ids_T], ANSWER, "student")[0]),
         )
         for ids_T in track(begun, "generating text")
     )
 
 
 def openings(batch: Batch) -> list[Tensor]:
-    """What rows begin with [T] each: a conversation up to an answer, other text its first tokens; not padding."""
-    ids_BT = batch["input_ids"]
+    """What rows begin with [T] each: a conversation up to an answer, other text its first tokens; never filler.
+
+    Of a row that holds several documents, one that is answered, else the first.
+    """
+    ids_BT, mask_BT = batch["input_ids"], mask_of(batch)
+    document_BT = (batch["position_ids"] == 0).cumsum(1) if "position_ids" in batch else torch.zeros_like(ids_BT)
     found = []
-    for row, ids_T in enumerate(ids_BT):
-        one = {name: tensor[row] for name, tensor in batch.items() if tensor.shape == ids_BT.shape}
-        read_T = one["attention_mask"].bool() if "attention_mask" in one else torch.ones_like(ids_T, dtype=torch.bool)
-        answer = _first_answer(one["labels"], read_T) if "labels" in one else None
+    for row, (ids_T, document_T) in enumerate(zip(ids_BT, document_BT, strict=True)):
+        read_T = torch.ones_like(ids_T, dtype=torch.bool) if mask_BT is None else mask_BT[row]
+        if not read_T.any():
+            continue
+        answer = _first_answer(batch["labels"][row], read_T) if "labels" in batch else None
+        place = int(read_T.nonzero()[0]) if answer is None else answer
+        mine_T = read_T & (document_T == document_T[place])
         if answer is None:
-            ids_T = ids_T[read_T]
+            ids_T = ids_T[mine_T]
             found.append(ids_T[: min(PROMPT, max(1, len(ids_T) // 2))])
         else:
-            found.append(ids_T[_beginning(one, read_T, answer) : answer])
-    return [ids_T for ids_T in found if len(ids_T)]
+            found.append(ids_T[:answer][mine_T[:answer]])
+    return found
 
 
 def _first_answer(labels_T: Tensor, read_T: Tensor) -> int | None:
@@ -71,13 +78,6 @@ def _first_answer(labels_T: Tensor, read_T: Tensor) -> int | None:
     learned_T, given_T = (labels_T != -100) & read_T, (labels_T == -100) & read_T
     starts = (learned_T[2:] & given_T[1:-1] & given_T[:-2]).nonzero().flatten()
     return int(starts[0]) + 2 if len(starts) else None
-
-
-def _beginning(row: Mapping[str, Tensor], read_T: Tensor, answer: int) -> int:
-    """Where the document of a row begins that this token belongs to."""
-    if "position_ids" in row:
-        return int((row["position_ids"][: answer + 1] == 0).nonzero()[-1])
-    return int(read_T.nonzero()[0])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids_T: Tensor | list[int]) -> str:

@@ -57,7 +57,7 @@ def history_of(folder: Path, teacher: str, original: PretrainedConfig) -> MergeH
     if another and not _beyond_comparison(history.teacher, named):
         raise InputError(
             f"model.student={str(folder)!r} descends from {history.teacher!r}, model.teacher is {teacher!r}: name that "
-            f"teacher, or if they are the same model, correct 'teacher' in the student's {HISTORY}."
+            f"teacher, or if they are the same model, delete 'teacher' and 'sha256' in the student's {HISTORY}."
         )
     config = demo.read_config(str(folder))
     layers = layout_of(config).depth_of(config)

@@ -78,6 +78,11 @@ def is_packed(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.dtype == torch.uint8
 
 
+def holds_packed(model: nn.Module) -> bool:
+    """Whether weights of a model are held in 4 or 8 bit."""
+    return any(parameter.dtype in (torch.uint8, torch.int8) for parameter in model.parameters())
+
+
 def packed_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights in 4 bit, by their names."""
     return {name: weight for name, weight in model.named_parameters() if weight.dtype == torch.uint8}

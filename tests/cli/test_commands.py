@@ -19,6 +19,7 @@ from lcprune import cli
 from lcprune.cli import main
 from lcprune.cli.bars import TrainingBar
 from lcprune.cli.quiet import quieten
+from lcprune.cli.training import RecipeCLI
 from lcprune.merging.lineage import MergeHistory
 from tests.builders import save_tiny, tiny_llama
 from tests.cli.recipe import recipe, text_file, write
@@ -120,20 +121,28 @@ def test_student_of_a_checkpoint_is_stored_in_the_dtype_of_its_teacher(tmp_path:
     assert all(torch.equal(exported[name], tensor) for name, tensor in stored.items())
 
 
-def test_student_writes_conversations_as_it_has_learned_to(tiny_folder: Path, tmp_path: Path):
+def test_student_writes_conversations_as_it_has_learned_to(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     template = tmp_path / "plain.jinja"
     template.write_text("{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}")
     rows = [{"prompt": f"layer {number}", "response": f"merge {number} " * 8} for number in range(40)]
     chat = tmp_path / "chat.jsonl"
     chat.write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = recipe(tiny_folder, chat, tmp_path / "run", data__chat_template=str(template))
+    said, deliver = template.read_text(), RecipeCLI._deliver
+
+    def edited_meanwhile(*given: object) -> None:
+        template.unlink()
+        deliver(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RecipeCLI, "_deliver", edited_meanwhile)
     assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
     last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert main(["export", last, "--out", str(tmp_path / "short")]) == 0
     for place in ("run/student", "short"):
-        assert AutoTokenizer.from_pretrained(tmp_path / place).chat_template == template.read_text()
-    template.unlink()
-    assert main(["export", last, "--out", str(tmp_path / "again")]) == 2
+        assert AutoTokenizer.from_pretrained(tmp_path / place).chat_template == said
+    assert (tmp_path / "run" / "chat_template.jinja").read_text() == said
 
 
 def test_collapse_does_not_replace_its_own_teacher(config: str, tiny_folder: Path, tmp_path: Path):
@@ -287,8 +296,8 @@ def test_run_that_begins_anew_in_a_folder_puts_the_account_of_the_one_before_asi
     before = {name: (run / name).read_bytes() for name in ("metrics.csv", "metrics.1.csv", "figures.json")}
     content = recipe(tiny_folder, finished / "text.txt", run, trainer__max_steps=4)
     assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
-    assert {name: (run / "former" / name).read_bytes() for name in before} == before
-    assert {path.name for path in (run / "former").iterdir()} == {*before, "evaluation.json"}
+    assert {name: (run / "former.1" / name).read_bytes() for name in before} == before
+    assert {path.name for path in (run / "former.1").iterdir()} == {*before, "evaluation.json"}
     assert {path.name for path in run.glob("*.csv")} == {"metrics.csv"}
     assert not (run / "evaluation.json").exists()
     assert (run / "figures.json").read_bytes() != before["figures.json"]

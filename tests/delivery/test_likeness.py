@@ -15,6 +15,7 @@ from lcprune.merging import surgery
 from lcprune.merging.calibration import evaluating, layer_outputs
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.surgery import second_view
+from tests import builders
 from tests.delivery.run_folders import DROP, step
 
 Models = Callable[..., PreTrainedModel]
@@ -130,6 +131,23 @@ def test_conversations_of_one_row_are_given_from_their_own_beginning():
     positions_BT = torch.tensor([[7, 8, 0, 1, 2, 3, 4, 0]])
     batch = {"input_ids": torch.arange(8)[None], "labels": labels_BT, "position_ids": positions_BT}
     assert [one.tolist() for one in openings(batch)] == [[2, 3, 4]]
+
+
+def test_filler_and_later_documents_are_no_beginning():
+    ids_BT = torch.arange(12)[None]
+    positions_BT = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 5]])
+    counted_BT = torch.tensor([[True] * 6 + [False] * 6])
+    batch = {"input_ids": ids_BT, "position_ids": positions_BT, "counted": counted_BT, "labels": ids_BT}
+    assert [one.tolist() for one in openings(batch)] == [[0, 1]]
+    assert openings({**batch, "counted": torch.zeros_like(counted_BT)}) == []
+
+
+def test_texts_end_where_the_positions_of_a_model_do():
+    model = builders.tiny_llama(2, model_type="gpt2")
+    model.generation_config.eos_token_id = None
+    positions = model.config.max_position_embeddings
+    long, short = torch.ones(positions - 3, dtype=torch.long), torch.ones(4, dtype=torch.long)
+    assert [len(text) for text in all_continuations(model, [long, short], 8)] == [3, 8]
 
 
 def test_prompts_of_several_lengths_are_continued_each_as_alone(tiny_llama: Models):

@@ -173,14 +173,19 @@ def test_student_from_another_machine_of_another_shape_is_refused(
 
 def test_student_of_another_model_on_the_hub_is_refused(short: Path, tmp_path: Path):
     moved = _descending_from("someone/llama", short, tmp_path)
-    with pytest.raises(InputError, match=r"descends from 'someone/llama', .* correct 'teacher' in .* history\.json"):
+    with pytest.raises(InputError, match=r"descends from 'someone/llama', .* delete 'teacher' and 'sha256' in .*json"):
+        _ = DistillationModule(teacher="demo:smollm2", student=moved).history
+    content = json.loads((moved / "history.json").read_text(encoding="utf-8"))
+    nameless = {name: value for name, value in content.items() if name not in ("teacher", "sha256")}
+    (moved / "history.json").write_text(json.dumps(nameless), encoding="utf-8")
+    with pytest.raises(InputError, match="descends from a model of 6 layers"):
         _ = DistillationModule(teacher="demo:smollm2", student=moved).history
 
 
 def _descending_from(teacher: str, short: Path, tmp_path: Path) -> Path:
     moved = Path(shutil.copytree(short, tmp_path / "moved"))
     history = replace(MergeHistory.load(short / "history.json"), teacher=teacher)
-    (moved / "history.json").write_text(history.to_json(), encoding="utf-8")
+    (moved / "history.json").write_text(history.sealed(), encoding="utf-8")
     return moved
 
 

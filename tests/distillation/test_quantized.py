@@ -70,6 +70,7 @@ def test_packed_weights_are_within_half_a_step_and_packing_them_again_changes_no
 def test_packed_model_is_counted_by_its_parameters_not_by_its_bytes(folder: Path, packed: quantized.Packed):
     exact, model = load(str(folder), "float32"), load(str(folder), "float32", packed=packed)
     assert model_figures(model, folder) == model_figures(exact, folder)
+    assert (quantized.holds_packed(model), quantized.holds_packed(exact)) == (True, False)
 
 
 @pytest.mark.parametrize("packed", ["int8", "nf4"])
