@@ -2,10 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from argparse import Action
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import lcprune
 from lcprune import files
@@ -133,6 +134,20 @@ def fields_within(hint: object) -> set[str]:
         subclasses: list[type] = hint.__subclasses__()
         found |= {name for kind in subclasses for name in fields_within(kind)}
     return found
+
+
+def check_nulls(actions: Iterable[Action], settings: Mapping[str, object]) -> None:
+    """Raises InputError for a null of model or data that its type does not allow: recipes may hold one unnoticed.
+
+    Args:
+        actions: Of the parser.
+        settings: A recipe's, by dotted name.
+    """
+    for action in actions:
+        kinds = get_args(hint := getattr(action, "_typehint", None)) or (hint,)
+        ours = action.dest.startswith(("data.", "model.")) and isinstance(hint, type) | (Literal == get_origin(hint))
+        if ours and type(None) not in kinds and settings.get(action.dest, action.default) is None:
+            raise InputError(f"{action.dest}=null must be {_plain(str(hint))}, or left out for {action.default!r}.")
 
 
 def _shortened(text: str) -> str:

@@ -26,9 +26,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from lcprune import __version__, demo, weights
-from lcprune.cli import named, recipe_files, tables
+from lcprune.cli import messages, named, recipe_files, tables
 from lcprune.cli.bars import TrainingBar
-from lcprune.cli.messages import ParseError, cause_of, fields_within, key_of, one_line, one_sentence, too_seldom, unmade
+from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
 from lcprune.cli.records import keep_metrics, keep_template, log_apart, put_aside, say_where
@@ -93,7 +93,9 @@ class Parser(LightningArgumentParser):
             if isinstance(action, _SubParsersAction) and action.choices:
                 actions += [child for parser in action.choices.values() for child in parser._actions]
         inner = {
-            f"{action.dest}.{name}" for action in actions for name in fields_within(getattr(action, "_typehint", None))
+            f"{action.dest}.{name}"
+            for action in actions
+            for name in messages.fields_within(getattr(action, "_typehint", None))
         }
         return {action.dest for action in actions} | inner
 
@@ -234,13 +236,14 @@ class RecipeCLI(LightningCLI):
             # jsonargparse wraps what a constructor raises, and names the setting.
             if cause := cause_of(error) or (key_of(str(error)) and InputError(one_sentence(str(error)))):
                 raise cause from error
-            if sentence := unmade(str(error)):
+            if sentence := messages.unmade(str(error)):
                 raise InputError(sentence) from error
             raise
 
     def before_instantiate_classes(self) -> None:
         """Looks at what the recipe names and reads our record of the checkpoint, before anything is made."""
         settings = self.config.get(str(self.config.get("subcommand")), self.config)
+        messages.check_nulls(self._parser(self.subcommand)._actions, settings)
         named.check(settings)
         path = settings.get("ckpt_path")
         # "last", "best" and so on are Lightning's own keywords.
@@ -366,7 +369,7 @@ def run(command: str, arguments: list[str]) -> None:
         raise InputError(f"{one_line(error)}.") from error
     except ValueError as error:
         # The parser makes objects of the recipe's classes too, and wraps what they object to.
-        raise cause_of(error) or too_seldom(error) or error from error
+        raise cause_of(error) or messages.too_seldom(error) or error from error
 
 
 def _check_amounts(trainer: Trainer) -> None:

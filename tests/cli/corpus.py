@@ -74,6 +74,8 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
     "fraction for a whole number": ({"trainer__max_steps": 1.5}, ("trainer.max_steps=1.5", "whole number")),
     "list for a number": ({"trainer__max_steps": [3]}, ("trainer.max_steps=[3]", "whole number")),
     "number for a name": ({"model__teacher": 3}, ("model.teacher=3 must be text",)),
+    "null for a whole number": ({"data__block_size": None}, ("data.block_size=null must be a whole number", "512")),
+    "null for a choice": ({"model__train": None}, ("model.train=null must be one of all, layers",)),
     "null for a name": ({"model__teacher": None}, ("model.teacher=None must be text",)),
     "empty name": ({"model__teacher": ""}, ("data.tokenizer is empty", "hub model", "demo:smollm2")),
     "word outside a list": ({"model__train": "layer"}, ("model.train=layer", "all, layers")),
