@@ -136,8 +136,8 @@ def fields_within(hint: object) -> set[str]:
     return found
 
 
-def check_nulls(actions: Iterable[Action], settings: Mapping[str, object]) -> None:
-    """Raises InputError for a null of model or data that its type does not allow: recipes may hold one unnoticed.
+def check_values(actions: Iterable[Action], settings: Mapping[str, object]) -> None:
+    """Raises InputError for what recipes may hold unnoticed: a null where a type allows none, a class that is a kind.
 
     Args:
         actions: Of the parser.
@@ -148,6 +148,17 @@ def check_nulls(actions: Iterable[Action], settings: Mapping[str, object]) -> No
         ours = action.dest.startswith(("data.", "model.")) and isinstance(hint, type) | (Literal == get_origin(hint))
         if ours and type(None) not in kinds and settings.get(action.dest, action.default) is None:
             raise InputError(f"{action.dest}=null must be {_plain(str(hint))}, or left out for {action.default!r}.")
+        if action.dest.startswith("collapse.") and action.dest.count(".") == 1:
+            named = str(getattr(settings.get(action.dest), "class_path", "")).rpartition(".")[2]
+            if kind := next((each for each in kinds if getattr(each, "__name__", None) == named), None):
+                known = ", ".join(sorted(name for name in lcprune.__all__ if _is_a(name, kind)))
+                raise InputError(f"{action.dest} names no class: give one of {known}.")
+
+
+def _is_a(name: str, kind: type) -> bool:
+    """Whether lcprune's public name is a class of that kind, and not the kind itself."""
+    public = getattr(lcprune, name)
+    return isinstance(public, type) and issubclass(public, kind) and public is not kind
 
 
 def _shortened(text: str) -> str:

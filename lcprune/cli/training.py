@@ -92,12 +92,10 @@ class Parser(LightningArgumentParser):
         for action in self._actions:
             if isinstance(action, _SubParsersAction) and action.choices:
                 actions += [child for parser in action.choices.values() for child in parser._actions]
-        inner = {
-            f"{action.dest}.{name}"
-            for action in actions
-            for name in messages.fields_within(getattr(action, "_typehint", None))
+        hints = {action.dest: getattr(action, "_typehint", None) for action in actions}
+        return hints.keys() | {
+            f"{dest}.{name}" for dest, hint in hints.items() for name in messages.fields_within(hint)
         }
-        return {action.dest for action in actions} | inner
 
 
 class RecipeCLI(LightningCLI):
@@ -243,7 +241,7 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Looks at what the recipe names and reads our record of the checkpoint, before anything is made."""
         settings = self.config.get(str(self.config.get("subcommand")), self.config)
-        messages.check_nulls(self._parser(self.subcommand)._actions, settings)
+        messages.check_values(self._parser(self.subcommand)._actions, settings)
         named.check(settings)
         path = settings.get("ckpt_path")
         # "last", "best" and so on are Lightning's own keywords.

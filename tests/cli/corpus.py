@@ -76,6 +76,8 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
     "number for a name": ({"model__teacher": 3}, ("model.teacher=3 must be text",)),
     "null for a whole number": ({"data__block_size": None}, ("data.block_size=null must be a whole number", "512")),
     "null for a choice": ({"model__train": None}, ("model.train=null must be one of all, layers",)),
+    "no class for a schedule": ({"collapse__schedule": {}}, ("collapse.schedule names no class", "AtSteps, ByTokens")),
+    "no class for a planner": ({"collapse__planner": {}}, ("collapse.planner names no class", "OneShotRanking")),
     "null for a name": ({"model__teacher": None}, ("model.teacher=None must be text",)),
     "empty name": ({"model__teacher": ""}, ("data.tokenizer is empty", "hub model", "demo:smollm2")),
     "word outside a list": ({"model__train": "layer"}, ("model.train=layer", "all, layers")),
