@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000
+"""Bytes, as in safetensors."""
 ADAPTER = "adapter_config.json"
 """Where there is one, transformers loads the model that it names instead of the folder's own."""
 
@@ -88,12 +90,17 @@ def _is_finite(tensor: "Tensor") -> bool:
 
 
 def _check_whole(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
+    """Compares a file's length with its header; nothing is mapped, which would count against a limit of memory."""
     try:
-        with safe_open(file, "pt"):  # reads the header and compares it with the file's length
-            return
-    except (SafetensorError, OSError) as error:
+        with file.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            if not 0 < length <= min(LONGEST_HEADER, file.stat().st_size - 8):
+                raise ValueError("its header is cut off")
+            header = json.loads(content.read(length))
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        if (expected := 8 + length + max(ends, default=0)) != file.stat().st_size:
+            raise ValueError(f"{expected:,} bytes by its header, {file.stat().st_size:,} on the disk")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise InputError(f"{file} is no whole safetensors file ({error}): fetch or save it again.") from error
 
 

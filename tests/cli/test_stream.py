@@ -182,7 +182,7 @@ def test_kill_leaves_no_folder_under_the_name_asked_for(config: str, tmp_path: P
 
 @pytest.mark.slow
 def test_model_larger_than_the_memory_limit_is_collapsed(tmp_path: Path):
-    limit = 1_200_000_000
+    limit = 1_600_000_000  # of address space, of which libraries take 0.9
     folder = save_large(tmp_path / "model", Size(hidden=1536, channels=4096, layers=20))
     assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) > 2e9
     config = changed(tmp_path, folder, data__batch_size=1, data__block_size=256, trainer__max_steps=1)
