@@ -12,7 +12,7 @@ that is prevented nothing is gained over a file that cannot hold code.
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lcprune.demo import resolve
 from lcprune.errors import InputError
@@ -50,7 +50,7 @@ def check(model: str, named: str = "model.teacher") -> None:
         )
     try:
         for file in files_of(folder):
-            _check_whole(file)
+            header_of(file)
         check_exported(folder)
     except InputError as error:
         raise InputError(f"{named}: {error}") from error
@@ -89,19 +89,40 @@ def _is_finite(tensor: "Tensor") -> bool:
     return all(bool(extreme.isfinite()) for extreme in wide.aminmax())
 
 
-def _check_whole(file: Path) -> None:
-    """Compares a file's length with its header; nothing is mapped, which would count against a limit of memory."""
+def header_of(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """What a safetensors file says it holds; nothing is mapped, which would count against a limit of memory.
+
+    Returns:
+        Where its data begin, in bytes, and by tensor `dtype`, `shape` and `data_offsets` (begin, end; from there).
+
+    Raises:
+        InputError: It is none, or not as long as it says.
+    """
     try:
         with file.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-            if not 0 < length <= min(LONGEST_HEADER, file.stat().st_size - 8):
-                raise ValueError("its header is cut off")
-            header = json.loads(content.read(length))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        if (expected := 8 + length + max(ends, default=0)) != file.stat().st_size:
-            raise ValueError(f"{expected:,} bytes by its header, {file.stat().st_size:,} on the disk")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise InputError(f"{file} is no whole safetensors file ({error}): fetch or save it again.") from error
+            size, length = file.stat().st_size, int.from_bytes(content.read(8), "little")
+            text = content.read(min(length, LONGEST_HEADER))
+    except OSError as error:
+        raise _not_whole(file, str(error)) from error
+    if len(text) < length:
+        raise _not_whole(file, "its header is cut off")
+    try:
+        header = json.loads(text)
+        tensors = {
+            name: {field: held[field] for field in ("dtype", "shape", "data_offsets")}
+            for name, held in header.items()
+            if name != "__metadata__"
+        }
+        expected = 8 + length + max((held["data_offsets"][1] for held in tensors.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise InputError(f"{file} is not a safetensors file ({error}): fetch or save it again.") from error
+    if expected != size:
+        raise _not_whole(file, f"{expected:,} bytes by its header, {size:,} on the disk")
+    return 8 + length, tensors
+
+
+def _not_whole(file: Path, why: str) -> InputError:
+    return InputError(f"{file} is no whole safetensors file ({why}): fetch or save it again.")
 
 
 def folder_of(model: str) -> Path:

@@ -29,14 +29,12 @@ import torch
 from torch import Tensor
 
 from lcprune.errors import InputError, RunError
-from lcprune.weights import INDEX, ONE_FILE, files_of
+from lcprune.weights import INDEX, ONE_FILE, files_of, header_of
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of one written file, unless a single tensor is larger."""
 PIECE = 2**22
 """Elements of a piece: what is in memory of a tensor that is copied or checked."""
-LONGEST_HEADER = 100 * 10**6
-"""What the format allows."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -208,21 +206,11 @@ class ShardWriter:
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
-    try:
-        with FileIO(file) as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if length <= LONGEST_HEADER else {}
-            entries = {
-                name: Entry(file, value["dtype"], tuple(value["shape"]), 8 + length + value["data_offsets"][0])
-                for name, value in header.items()
-                if name != "__metadata__"
-            }
-            end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=1)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is not a safetensors file ({error}): fetch or write it again.") from error
-    if file.stat().st_size < 8 + length + end:
-        raise InputError(f"{file} is no whole safetensors file: fetch or write it again.")
-    return entries
+    start, header = header_of(file)
+    return {
+        name: Entry(file, held["dtype"], tuple(held["shape"]), start + held["data_offsets"][0])
+        for name, held in header.items()
+    }
 
 
 def _split(expected: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
