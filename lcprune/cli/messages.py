@@ -2,11 +2,10 @@
 
 import difflib
 import re
-from argparse import Action
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import get_args
 
 import lcprune
 from lcprune import files
@@ -61,7 +60,7 @@ def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
     causes = _causes(message)
     given = next((match[2] for cause in causes if (match := _EXPECTED.search(cause)) and match[2]), None)
     given = given or next(iter(re.findall(r"(?:Given|Got) value: (.*)", message)), None)
-    expected = [_plain(match[1]) for cause in causes if (match := _EXPECTED.search(cause))]
+    expected = [plain(match[1]) for cause in causes if (match := _EXPECTED.search(cause))]
     expected = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
     numbers = [kind for kind in expected if kind in ("a number", "a whole number")]
     name = _no_class(message, causes, given)
@@ -136,31 +135,6 @@ def fields_within(hint: object) -> set[str]:
     return found
 
 
-def check_values(actions: Iterable[Action], settings: Mapping[str, object]) -> None:
-    """Raises InputError for what recipes may hold unnoticed: a null where a type allows none, a class that is a kind.
-
-    Args:
-        actions: Of the parser.
-        settings: A recipe's, by dotted name.
-    """
-    for action in actions:
-        kinds = get_args(hint := getattr(action, "_typehint", None)) or (hint,)
-        ours = action.dest.startswith(("data.", "model.")) and isinstance(hint, type) | (Literal == get_origin(hint))
-        if ours and type(None) not in kinds and settings.get(action.dest, action.default) is None:
-            raise InputError(f"{action.dest}=null must be {_plain(str(hint))}, or left out for {action.default!r}.")
-        if action.dest.startswith("collapse.") and action.dest.count(".") == 1:
-            named = str(getattr(settings.get(action.dest), "class_path", "")).rpartition(".")[2]
-            if kind := next((each for each in kinds if getattr(each, "__name__", None) == named), None):
-                known = ", ".join(sorted(name for name in lcprune.__all__ if _is_a(name, kind)))
-                raise InputError(f"{action.dest} names no class: give one of {known}.")
-
-
-def _is_a(name: str, kind: type) -> bool:
-    """Whether lcprune's public name is a class of that kind, and not the kind itself."""
-    public = getattr(lcprune, name)
-    return isinstance(public, type) and issubclass(public, kind) and public is not kind
-
-
 def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
@@ -181,7 +155,7 @@ def _causes(message: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(skipped)]
 
 
-def _plain(kind: str) -> str:
+def plain(kind: str) -> str:
     """A type as a user would write it: `typing.Literal['all', 'layers']` -> one of all, layers."""
     if match := re.match(r"typing\.Literal\[(.*)\]", kind):
         return "one of " + match[1].replace("'", "")

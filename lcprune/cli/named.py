@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+import lcprune
 from lcprune.distillation.levels import Level
 from lcprune.distillation.schedules import Schedule
 from lcprune.errors import InputError
@@ -31,8 +32,10 @@ from lcprune.merging.operators import Operator
 from lcprune.merging.planners import Planner
 from lcprune.merging.refit import Refit
 
+KINDS: tuple[type, ...] = (Schedule, Planner, Criterion, Operator, Refit, Level)
+"""Ours, of which a recipe names a subclass: an empty mapping would be taken for the kind itself."""
 FAMILIES: tuple[type, ...] = (
-    *(Schedule, Planner, Criterion, Operator, Refit, Level),
+    *KINDS,
     *(Optimizer, LRScheduler, LightningDataModule),
     *(Callback, Logger, Profiler, Strategy, Accelerator, Precision, LayerSync, CheckpointIO, ClusterEnvironment),
 )
@@ -76,6 +79,10 @@ def _check_class(key: str, path: str) -> None:
         raise _refused(key, path) from None
     if not isinstance(named, type) or not (issubclass(named, FAMILIES) or is_dataclass(named)):
         raise _refused(key, path)
+    if named in KINDS:
+        known = [one for one in (getattr(lcprune, name) for name in lcprune.__all__) if isinstance(one, type)]
+        classes = ", ".join(sorted(one.__name__ for one in known if issubclass(one, named) and one is not named))
+        raise InputError(f"{key} names no class: give one of {classes}.")
 
 
 def _refused(key: str, name: str) -> InputError:

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from lcprune import __version__, demo, weights
-from lcprune.cli import messages, named, recipe_files, tables
+from lcprune.cli import messages, named, nulls, recipe_files, tables
 from lcprune.cli.bars import TrainingBar
 from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
 from lcprune.cli.quiet import quieten
@@ -199,12 +199,13 @@ class RecipeCLI(LightningCLI):
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to, self.model.teacher_name)
         self.trainer.callbacks.append(SaveOnSignal())  # type: ignore[attr-defined]  # behind Lightning's own
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # leaves nothing
+            return
         if self._get(self.config_init, "ckpt_path") is not None:
             keep_metrics(self.run_folder)
-        elif not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        else:
             put_aside(self.run_folder)
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            keep_template(self.run_folder, self.template)
+        keep_template(self.run_folder, self.template)
 
     def _find_last(self, find: Callable[[Trainer], Path | None]) -> None:
         """`--ckpt_path last` becomes a path, and the checkpoint is looked over as any other."""
@@ -241,7 +242,7 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Looks at what the recipe names and reads our record of the checkpoint, before anything is made."""
         settings = self.config.get(str(self.config.get("subcommand")), self.config)
-        messages.check_values(self._parser(self.subcommand)._actions, settings)
+        nulls.check(self._parser(self.subcommand)._actions, settings)
         named.check(settings)
         path = settings.get("ckpt_path")
         # "last", "best" and so on are Lightning's own keywords.

@@ -32,7 +32,7 @@ Piece: TypeAlias = tuple[str, bool]
 """Text, and whether it is learned."""
 
 TODAY = datetime(2024, 7, 26)
-DAY = TODAY.strftime("%d %b %Y")
+DAY = "26 Jul 2024"
 """What Llama 3's templates take for today, their own default: a run that is resumed tomorrow reads the same text."""
 _FORMATS = {f"%{letter}": TODAY.strftime(f"%{letter}") for letter in "aAbBdHIjmMpSfwyYUWcxX"}
 _FORMATS |= {f"%-{letter}": str(int(_FORMATS[f"%{letter}"])) for letter in "dmHIMSjy"}

@@ -110,10 +110,10 @@ class ProgressiveCollapse(Callback):
         beforehand.check_trains(module.phases, module.train_usually, module.begun.lineage, first_merge)
         if self.schedule is None:
             return
-        if not isinstance(module, Guest):
-            beforehand.check_merges(str(trainer.precision))
         if isinstance(module, Guest):
             self._check_guest(trainer, module)
+        else:
+            beforehand.check_merges(str(trainer.precision))
         module.check_optimizer()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.schedule.check(depth, trainer.max_steps)
