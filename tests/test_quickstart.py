@@ -29,11 +29,10 @@ def test_quickstart_goes_from_30_to_24_layers_in_at_least_two_merges_during_trai
     assert len({step["global_step"] for step in history["steps"]}) >= 2
 
 
-def test_quickstart_wins_back_three_tenths_of_the_perplexity_after_the_last_merge(run: Path):
-    """Its text is that of the Python that runs it: 35 % with 3.11.7, 31 % with 3.11.2."""
+def test_quickstart_wins_back_at_least_a_third_of_the_perplexity_after_the_last_merge(run: Path):
     figures = json.loads((run / "runs/quickstart/figures.json").read_text())
     after_last_merge = figures["history"]["steps"][-1]["measured"]["val/perplexity"]
-    assert figures["final"]["val/perplexity"] <= after_last_merge * 0.7
+    assert figures["final"]["val/perplexity"] <= after_last_merge * 2 / 3
 
 
 def test_quickstart_ends_with_a_table_that_says_so(run: Path):

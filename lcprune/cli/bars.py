@@ -43,9 +43,20 @@ def shown() -> Iterator[None]:
 
 
 class TrainingBar(RichProgressBar):
-    """Lightning's, without the last epoch of a run that ends by steps: it has none, and `Epoch 0/-2` is no answer."""
+    """Lightning's, for runs that end by steps: they have no last epoch, and do not read all of the one they end in."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """How many batches of this epoch are read."""
+        trainer = self.trainer
+        whole: int | float = trainer.num_training_batches
+        if trainer.max_steps < 0:
+            return whole
+        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(whole, trainer.fit_loop.epoch_loop.batch_progress.current.completed + left)
 
     def _get_train_description(self, current_epoch: int) -> str:
+        # `Epoch 0/-2` is no answer.
         return super()._get_train_description(current_epoch).replace("/-2", "   ")  # as wide, or the bar would jump
 
 

@@ -274,6 +274,14 @@ def test_bar_names_no_last_epoch_where_there_is_none(epochs: int, said: str):
     assert bar._get_train_description(3).strip() == said
 
 
+@pytest.mark.parametrize(("steps", "accumulate", "shown"), [(120, 1, 120), (120, 4, 209), (30, 4, 120), (-1, 1, 209)])
+def test_bar_ends_where_the_run_does(steps: int, accumulate: int, shown: int):
+    bar, common = TrainingBar(), {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    bar._trainer = Trainer(max_epochs=2, max_steps=steps, accumulate_grad_batches=accumulate, **common)
+    bar._trainer.fit_loop.max_batches = 209
+    assert bar.total_train_batches == shown
+
+
 def test_single_callback_may_stand_without_a_list(tiny_folder: Path, tmp_path: Path):
     content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run")
     content["trainer"]["callbacks"] = content["trainer"]["callbacks"][0]  # type: ignore[index]
