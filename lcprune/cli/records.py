@@ -1,10 +1,13 @@
 """What a run has logged stays: CSVLogger deletes the metrics.csv that it finds, whatever command it logs for.
 
-fit                  what an earlier run has left of its account goes into former.1 and so on
+fit                  what an earlier run has left of its account goes into former.1 and so on, and it is noted there
+                     which checkpoints are its: they stay where they are, and `--ckpt_path last` passes them over
 fit --ckpt_path      the metrics so far become metrics.1.csv and so on
 validate, test       log into validate.csv, test.csv
 """
 
+import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from lcprune.delivery.export import RECIPE
 from lcprune.delivery.runs import EVALUATION, FIGURES, TEMPLATE
 from lcprune.delivery.training_log import METRICS, numbered
 from lcprune.files import write_text
+
+CHECKPOINTS = "checkpoints.json"
+"""In former.1 and so on: the checkpoints of that run, from the run's folder, and when they were written (ns)."""
 
 
 def say_where(folder: Path, asked: str | None) -> None:
@@ -29,15 +35,28 @@ def say_where(folder: Path, asked: str | None) -> None:
 
 
 @rank_zero_only
-def put_aside(folder: Path) -> None:
+def put_aside(folder: Path, checkpoints: Iterable[Path]) -> None:
     """Moves the account of an earlier run, if one is here, where nobody takes it for the one that begins."""
-    there = _account(folder) if (folder / RECIPE).is_file() else []  # else files of these names are not a run's
-    if there:
+    if not (folder / RECIPE).is_file():  # files of these names are not a run's
+        return
+    there, stamps = _account(folder), dict(_stamp(path, folder) for path in checkpoints)
+    if there or stamps:
         numbers = (int(path.suffix[1:]) for path in folder.glob("former.*") if path.suffix[1:].isdecimal())
         aside = folder / f"former.{1 + max(numbers, default=0)}"
         aside.mkdir()
         for path in there:
             path.rename(aside / path.name)
+        write_text(aside / CHECKPOINTS, json.dumps(stamps, indent=2))
+
+
+def formers(folder: Path, checkpoints: Iterable[Path]) -> list[Path]:
+    """Those of the checkpoints that a run has left which was put aside."""
+    noted = [json.loads(path.read_text(encoding="utf-8")).items() for path in folder.glob(f"former.*/{CHECKPOINTS}")]
+    return [path for path in checkpoints if any(_stamp(path, folder) in items for items in noted)]
+
+
+def _stamp(checkpoint: Path, folder: Path) -> tuple[str, int]:
+    return os.path.relpath(checkpoint, folder), checkpoint.stat().st_mtime_ns
 
 
 @rank_zero_only

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lcprune.cli.records import formers
 from lcprune.distillation.checkpoint import goes_on
 from lcprune.distillation.storing import SUFFIX, first_whole
 from lcprune.errors import InputError
@@ -35,8 +36,9 @@ def last_state(trainer: Trainer) -> Path | None:
 
 
 def _last(trainer: Trainer, serves: Callable[[Path], bool]) -> Path | None:
-    folders = checkpoint_folders(trainer)
-    paths = [path for folder in folders for path in folder.glob(f"*{SUFFIX}")]
+    folders, paths = checkpoint_folders(trainer), checkpoints(trainer)
+    former = formers(run_folder(trainer), paths)
+    paths = [path for path in paths if path not in former]
     path, skipped = first_whole(paths)
     weights: list[Path] = []
     while path is not None and not serves(path):
@@ -57,12 +59,23 @@ def _last(trainer: Trainer, serves: Callable[[Path], bool]) -> Path | None:
             f"ckpt_path=last: no checkpoint is whole ({_listed(skipped)}): start a new run without ckpt_path."
         )
     else:
-        _say(f"--ckpt_path last: no checkpoint yet in {_listed(folders)}, a new run begins")
+        note = f" ({_listed(former)}: of the run before this one)" if former else ""
+        _say(f"--ckpt_path last: no checkpoint yet in {_listed(folders)}, a new run begins{note}")
     return path
 
 
 def _listed(paths: Iterable[Path]) -> str:
     return ", ".join(map(str, paths))
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where the run's metrics, checkpoints and student are; asks all ranks."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def checkpoints(trainer: Trainer) -> list[Path]:
+    """All that lie where the run's ModelCheckpoints write."""
+    return [path for folder in checkpoint_folders(trainer) for path in folder.glob(f"*{SUFFIX}")]
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:

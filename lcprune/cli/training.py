@@ -32,7 +32,7 @@ from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sen
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
 from lcprune.cli.records import keep_metrics, keep_template, log_apart, put_aside, say_where
-from lcprune.cli.resuming import last_checkpoint, last_state
+from lcprune.cli.resuming import checkpoints, last_checkpoint, last_state, run_folder
 from lcprune.data.chat import with_template
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import RECIPE, check_target, export
@@ -204,7 +204,7 @@ class RecipeCLI(LightningCLI):
         if self._get(self.config_init, "ckpt_path") is not None:
             keep_metrics(self.run_folder)
         else:
-            put_aside(self.run_folder)
+            put_aside(self.run_folder, checkpoints(self.trainer))
         keep_template(self.run_folder, self.template)
 
     def _find_last(self, find: Callable[[Trainer], Path | None]) -> None:
@@ -265,7 +265,7 @@ class RecipeCLI(LightningCLI):
     @property
     def run_folder(self) -> Path:
         """Where this run's metrics, checkpoints and student are."""
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        return run_folder(self.trainer)
 
     def after_fit(self) -> None:
         """Exports the student and prints what became of it."""

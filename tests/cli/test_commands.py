@@ -305,7 +305,7 @@ def test_run_that_begins_anew_in_a_folder_puts_the_account_of_the_one_before_asi
     content = recipe(tiny_folder, finished / "text.txt", run, trainer__max_steps=4)
     assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
     assert {name: (run / "former.1" / name).read_bytes() for name in before} == before
-    assert {path.name for path in (run / "former.1").iterdir()} == {*before, "evaluation.json"}
+    assert {path.name for path in (run / "former.1").iterdir()} == {*before, "evaluation.json", "checkpoints.json"}
     assert {path.name for path in run.glob("*.csv")} == {"metrics.csv"}
     assert not (run / "evaluation.json").exists()
     assert (run / "figures.json").read_bytes() != before["figures.json"]

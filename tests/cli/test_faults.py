@@ -131,6 +131,37 @@ def test_last_passes_over_damaged_checkpoints_and_says_so(
     assert _equal(_student(folder), whole)
 
 
+def _cut() -> None:
+    raise OSError(5, "the machine is gone")
+
+
+def test_last_is_no_checkpoint_of_the_run_before_where_a_new_one_was_cut_before_its_first(
+    broken_off: Path,
+    tiny_folder: Path,
+    in_step: Callable[[int, Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    whole: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+):
+    folder = broken_off.parents[1]
+    config = _config(tiny_folder, folder)
+    in_step(1, _cut)
+    with pytest.raises(OSError, match="the machine is gone"):
+        _fit(config)
+    monkeypatch.undo()
+    in_step(3, _cut)
+    with pytest.raises(OSError, match="the machine is gone"):
+        _fit(config, "--ckpt_path", "last")
+    said = _said(capsys)
+    assert "--ckpt_path last: no checkpoint yet in" in said
+    assert f"{broken_off / 'sigterm.ckpt'}" in said
+    assert "of the run before this one)" in said
+    monkeypatch.undo()
+    assert _fit(config, "--ckpt_path", "last") == 0
+    assert f"--ckpt_path last: {broken_off / 'last-v1.ckpt'}" in _said(capsys)  # of step 2
+    assert _equal(_student(folder), whole)
+
+
 def _lighten(path: Path) -> None:
     """Leaves the weights alone, as `save_weights_only` does, and makes it the newest."""
     checkpoint = torch.load(path, weights_only=True)
