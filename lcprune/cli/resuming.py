@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcprune.cli.records import formers
@@ -66,6 +67,16 @@ def _last(trainer: Trainer, serves: Callable[[Path], bool]) -> Path | None:
 
 def _listed(paths: Iterable[Path]) -> str:
     return ", ".join(map(str, paths))
+
+
+def requeued_from(trainer: Trainer) -> Path | None:
+    """The checkpoint from which Lightning lets a job go on that SLURM has queued again; None elsewhere."""
+    if not SLURMEnvironment.detect():
+        return None
+    numbered = {
+        path.stem.removeprefix("hpc_ckpt_"): path for path in Path(trainer.default_root_dir).glob(f"hpc_ckpt_*{SUFFIX}")
+    }
+    return max(((int(number), path) for number, path in numbered.items() if number.isdecimal()), default=(0, None))[1]
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -10,7 +10,6 @@ import sys
 from argparse import RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,28 +25,25 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from lcprune import __version__, demo, weights
-from lcprune.cli import messages, named, nulls, recipe_files, tables
+from lcprune.cli import closing, messages, named, nulls, recipe_files
 from lcprune.cli.bars import TrainingBar
 from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
 from lcprune.cli.records import keep_metrics, keep_template, log_apart, put_aside, say_where
-from lcprune.cli.resuming import checkpoints, last_checkpoint, last_state, run_folder
+from lcprune.cli.resuming import checkpoints, last_checkpoint, last_state, requeued_from, run_folder
 from lcprune.data.chat import with_template
 from lcprune.data.module import TextDataModule
-from lcprune.delivery.export import RECIPE, check_target, export
-from lcprune.delivery.figures import Figures, model_figures, throughput
-from lcprune.delivery.runs import FIGURES, STUDENT
-from lcprune.distillation import adapters, checkpoint, sharded
+from lcprune.delivery.export import RECIPE, check_target
+from lcprune.delivery.runs import STUDENT
+from lcprune.distillation import checkpoint
 from lcprune.distillation.beforehand import say_if_slow
-from lcprune.distillation.callbacks import ProgressiveCollapse, measure
+from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F401 - short names in recipes
-from lcprune.distillation.quantized import holds_packed
 from lcprune.distillation.signals import STATUS, SaveOnSignal, Terminated
 from lcprune.distillation.storing import AtomicCheckpointIO
 from lcprune.distillation.strategies import is_sharding
-from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.distillation.throughput import Throughput  # noqa: F401
 from lcprune.errors import InputError, Stopped
 from lcprune.files import write_text
@@ -184,6 +180,8 @@ class RecipeCLI(LightningCLI):
     def before_fit(self) -> None:
         """What can go wrong at the end or at the start is looked at first."""
         self._find_last(last_state)
+        if self._get(self.config_init, "ckpt_path") in (None, "hpc") and (path := requeued_from(self.trainer)):
+            self._go_on_from(path)
         if (path := self._get(self.config_init, "ckpt_path")) is not None and path not in KEYWORDS:
             checkpoint.check_goes_on(Path(path))
         self._check_model()
@@ -199,6 +197,7 @@ class RecipeCLI(LightningCLI):
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to, self.model.teacher_name)
         self.trainer.callbacks.append(SaveOnSignal())  # type: ignore[attr-defined]  # behind Lightning's own
+        self._read_text()
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # leaves nothing
             return
         if self._get(self.config_init, "ckpt_path") is not None:
@@ -207,12 +206,23 @@ class RecipeCLI(LightningCLI):
             put_aside(self.run_folder, checkpoints(self.trainer))
         keep_template(self.run_folder, self.template)
 
+    def _read_text(self) -> None:
+        """Before a run leaves anything; the other ranks read theirs, and wait for this one, in `fit`."""
+        if self.trainer.is_global_zero:
+            self.datamodule.trainer = self.trainer
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
+            if (callback := collapse_of(self)).schedule is not None:
+                callback.check_text(self.datamodule.calibration_batches())
+
     def _find_last(self, find: Callable[[Trainer], Path | None]) -> None:
         """`--ckpt_path last` becomes a path, and the checkpoint is looked over as any other."""
         if self._get(self.config_init, "ckpt_path") == "last":
-            path = find(self.trainer)
-            self.record = None if path is None else checkpoint.read(path)
-            self.config_init[str(self.subcommand)]["ckpt_path"] = None if path is None else str(path)
+            self._go_on_from(find(self.trainer))
+
+    def _go_on_from(self, path: Path | None) -> None:
+        self.record = None if path is None else checkpoint.read(path)
+        self.config_init[str(self.subcommand)]["ckpt_path"] = None if path is None else str(path)
 
     def before_validate(self) -> None:
         """Looks at the checkpoint before weights are loaded."""
@@ -269,52 +279,8 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Exports the student and prints what became of it."""
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if sharded.is_sharded(self.model.student):
-            final = measure(self.trainer, self.model)
-            self.model.gather(stored_dtype(self.model.teacher_config))
-        else:
-            # The trainer has torn down: bring the models back to where they were trained.
-            device = self.trainer.strategy.root_device
-            self.model.to(device)
-            self.model.teacher.model.to(device)
-            adapters.fold(self.model.student)
-            cast(self.model.student, stored_dtype(self.model.teacher_config))
-            final = measure(self.trainer, self.model)
-        folder = self.run_folder  # asks all ranks
-        if self.trainer.is_global_zero:
-            self._deliver(final, folder)
-        self.trainer.strategy.barrier()
-
-    def _deliver(self, final: dict[str, float], folder: Path) -> None:
-        module, out = self.model, self.export_to
-        assert out is not None
-        export(
-            module.student,
-            out,
-            tokenizer=self.tokenizer,
-            history=replace(module.history, teacher=demo.public_name(module.teacher_name)),
-            recipe=self.recipe_text,
-            figures=final,
-            license=demo.license_of(module.teacher_name),
-        )
-        figures = self._figures(final, out)
-        write_text(folder / FIGURES, json.dumps(figures.to_dict(), indent=2) + "\n")
-        tables.closing(figures, out)
-
-    def _figures(self, final: dict[str, float], out: Path) -> Figures:
-        module = self.model
-        batch = next(iter(self.datamodule.val_dataloader()))
-        teacher = module.teacher.model
-        return Figures(
-            teacher=model_figures(teacher, weights.folder_of(module.teacher_name)),
-            student=model_figures(module.student, out),
-            # A teacher in 4 or 8 bit unpacks itself at every step: its speed is not the original's.
-            speed={} if holds_packed(teacher) else throughput(teacher, out, batch),
-            history=module.history,
-            final=final,
-        )
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            closing.close(self)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -139,6 +139,16 @@ def shown(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             callback._swap_models(module)
 
 
+def finish(trainer: Trainer, module: LightningModule) -> None:
+    """Gives the module its averaged weights, as the end of training does.
+
+    Lightning skips that end, too, where a checkpoint has nothing left to train. A second time changes nothing.
+    """
+    for callback in _callbacks(trainer):
+        if callback._average_model is not None:
+            callback._copy_average_to_current(module)
+
+
 def count(trainer: Trainer) -> int:
     """How many callbacks hold averages beside the weights, on the device that trains."""
     return sum(str(callback._device) != "cpu" for callback in _callbacks(trainer))

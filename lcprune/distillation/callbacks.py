@@ -94,7 +94,7 @@ class ProgressiveCollapse(Callback):
                 "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
                 "calibration_batches(), like lcprune.TextDataModule."
             )
-        self._check_text(trainer.datamodule.calibration_batches())  # type: ignore[attr-defined]
+        self.check_text(trainer.datamodule.calibration_batches())  # type: ignore[attr-defined]
         if self.schedule.by_validation and not is_overridden("val_dataloader", trainer.datamodule):  # type: ignore[attr-defined]
             raise InputError(f"{self.schedule} looks at validations, and the data module has no val_dataloader().")
 
@@ -170,8 +170,8 @@ class ProgressiveCollapse(Callback):
             if method.refit is not None:
                 method.refit.check(layout)
 
-    def _check_text(self, batches: Sequence[Batch]) -> None:
-        """There is enough of it for every planner and refit."""
+    def check_text(self, batches: Sequence[Batch]) -> None:
+        """Raises InputError if there is not enough of it for every planner and refit."""
         parts = [self.planner, self.refit, *(part for stage in self.stages for part in (stage.planner, stage.refit))]
         for part in parts:
             if part is not None:
