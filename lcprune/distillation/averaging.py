@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 NAME = "WeightAveraging"
 """The callback's name: it came after lightning 2.5."""
+TOO_EARLY = "StochasticWeightAveraging"
+"""Copies a module before `configure_model` gives it its student."""
 
 
 def check(trainer: Trainer, trained: Sequence[Trained]) -> None:
@@ -40,6 +42,11 @@ def check(trainer: Trainer, trained: Sequence[Trained]) -> None:
         trainer: With its callbacks.
         trained: What the phases of the run train.
     """
+    for callback in _callbacks(trainer, TOO_EARLY):
+        raise InputError(
+            f"trainer.callbacks: {type(callback).__name__} copies the module before its student is loaded, and would "
+            "average nothing: remove it, or use WeightAveraging or EMAWeightAveraging."
+        )
     others = sorted(set(trained) - {"all"})
     for callback in _callbacks(trainer):
         if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
@@ -154,9 +161,9 @@ def count(trainer: Trainer) -> int:
     return sum(str(callback._device) != "cpu" for callback in _callbacks(trainer))
 
 
-def _callbacks(trainer: Trainer) -> list["WeightAveraging"]:
+def _callbacks(trainer: Trainer, name: str = NAME) -> list["WeightAveraging"]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if NAME in {base.__name__ for base in type(callback).__mro__}]
+    return [callback for callback in callbacks if name in {base.__name__ for base in type(callback).__mro__}]
 
 
 def _averages(trainer: Trainer) -> list["AveragedModel"]:

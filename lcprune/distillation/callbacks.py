@@ -86,7 +86,6 @@ class ProgressiveCollapse(Callback):
         guests.welcome(pl_module)
         if stage != "fit" or self.schedule is None:
             return
-        guests.begin_anew(pl_module)
         if not guests.model_comes_later(pl_module):
             self.check(trainer, _ours(pl_module))
         if not isinstance(trainer.datamodule, CalibrationSource):  # type: ignore[attr-defined]
@@ -199,8 +198,13 @@ class ProgressiveCollapse(Callback):
         A checkpoint may stem from between an optimizer step and its merge (an exception, a signal of the cluster).
         """
         module, steps = _ours(pl_module), optimizer_steps(trainer)
-        if isinstance(module, Guest):
+        merged = any(step.global_step is not None for step in module.history.steps)
+        anew = merged and trainer.global_step == 0 and not module.resumes
+        if anew:
+            module.begin_anew()
+        if anew or isinstance(module, Guest):
             self.check(trainer, module)
+        if isinstance(module, Guest):
             module.continue_randomness()
         last = 0 if self.schedule is None else last_known(self.schedule.deadlines(module.begun.depth))
         if self.schedule is not None and steps <= last and not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -14,7 +14,6 @@ What is learned, by what, and which Parameters are trained stays the module's ow
 planner compares with, and a refit aims at, the model as it stands before the merge.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -138,6 +137,15 @@ class Guest:
         view = surgery.second_view(self.student)
         return Reference(view, MergeHistory(len(layout_of(view.config).layers_of(view))))
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a checkpoint has been loaded and training has not gone on from it yet."""
+        return RANDOMNESS in vars(self.module)
+
+    def begin_anew(self) -> None:
+        """Makes merges that another run has made those of before this one."""
+        self.history = self.history.of_before()
+
     def continue_randomness(self) -> None:
         """Goes on with the random numbers of an interrupted run."""
         if (state := vars(self.module).pop(RANDOMNESS, None)) is not None:
@@ -192,13 +200,6 @@ def welcome(module: LightningModule) -> None:
     if not isinstance(module, DistillationModule):
         module.on_save_checkpoint = partial(_save, module)  # type: ignore[method-assign]
         module.on_load_checkpoint = partial(_load, module)  # type: ignore[method-assign]
-
-
-def begin_anew(module: LightningModule) -> None:
-    """Makes the merges that a user's module comes with those of before this run."""
-    if not isinstance(module, DistillationModule) and isinstance(history := vars(module).get(HISTORY), MergeHistory):
-        steps = tuple(replace(step, global_step=None) for step in history.steps)
-        vars(module)[HISTORY] = replace(history, steps=steps)
 
 
 def _save(module: LightningModule, checkpoint: dict[str, object]) -> None:

@@ -139,6 +139,13 @@ def _check_weight(level: Level) -> None:
 
 def check(levels: Sequence[Level]) -> None:
     """Raises InputError unless there is at least one level, none twice, and each has what it needs beside it."""
+    listed = levels if isinstance(levels, Sequence) else [levels]
+    strange = [level for level in listed if not isinstance(level, Logits | Boundary | Local | Labels)]
+    if strange or listed is not levels:
+        raise InputError(
+            f"objective={strange or levels} must be a list of levels, each Logits(), Boundary(), Local() or Labels(): "
+            "a term of your own is added to what super().training_step returns in a subclass of DistillationModule."
+        )
     names = [type(level).__name__ for level in levels]
     if not names or len(names) != len(set(names)):
         raise InputError(

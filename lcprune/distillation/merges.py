@@ -25,6 +25,7 @@ from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.standing import BEFORE, JUDGE
 from lcprune.distillation.strategies import parameters_changed
 from lcprune.distillation.undo import Undo
+from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
 from lcprune.merging.calibration import Batch, Calibration
@@ -98,9 +99,10 @@ def _execute(trainer: Trainer, module: Shortened, steps: Sequence[MergeStep], ba
         module.history = module.history.append(step)
     added = {}
     if reference is not None:
-        merged = {name: parameter.data for name, parameter in module.student.named_parameters()}
+        averaged = bool(averaging.copies(trainer))  # else nothing should keep the weights before the refit
+        merged = {name: parameter.data for name, parameter in module.student.named_parameters() if averaged}
         _repair(trainer, module, batches, reference, steps)
-        if averaging.copies(trainer):
+        if averaged:
             added = averaging.added(merged, module.student)
     return _Executed(module.history.depth, outcomes, chosen, added)
 
@@ -149,9 +151,17 @@ def measure(trainer: Trainer, module: DistillationModule) -> dict[str, float]:
     if limit == 0 or not is_overridden("val_dataloader", source):
         return {}
     loader = source.val_dataloader()
-    count = int(len(loader) * limit) if isinstance(limit, float) else limit
-    if count == 0:
-        return {}
+    if isinstance(loader, list | tuple | dict):
+        raise InputError(
+            f"val_dataloader() of {type(source).__name__} returns a {type(loader).__name__}, and an "
+            "lcprune.DistillationModule validates on one loader: return that."
+        )
+    if limit == 1.0 and isinstance(limit, float):
+        count = None  # a stream has no length
+    else:
+        count = int(len(loader) * limit) if isinstance(limit, float) else limit
+        if count == 0:
+            return {}
     metric = HeldOut().to(module.device)
     training = module.student.training
     module.student.eval()

@@ -72,6 +72,16 @@ class Resumable(Evaluated):
         """Makes trainable what is to be trained now."""
         raise NotImplementedError
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a checkpoint has been loaded and training has not gone on from it yet."""
+        return self._rng is not None
+
+    def begin_anew(self) -> None:
+        """Makes merges that another `fit` of the same module has made those of before this one."""
+        self.history = vars(self)["begun"] = self.history.of_before()
+        self.choose_trained()
+
     def _resume_depth(self, student: PreTrainedModel) -> None:
         """Gives a student that is about to be sharded the depth of the checkpoint, which is loaded only then."""
         path = self.resume_from or self.trainer.ckpt_path

@@ -160,6 +160,10 @@ class MergeHistory:
             return None
         return replace(self, teacher_depth=done.depth, steps=self.steps[number:])
 
+    def of_before(self) -> "MergeHistory":
+        """This history as that of a student that a new run begins with: no merge is that run's own."""
+        return replace(self, steps=tuple(replace(step, global_step=None) for step in self.steps))
+
     def to_dict(self) -> dict[str, object]:
         """Plain lists, dicts, strings and numbers."""
         return {"format": FORMAT, **asdict(self)}

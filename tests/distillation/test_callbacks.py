@@ -1,6 +1,6 @@
 """When merges happen and what they bring along; the oracle: stop, do the surgery on the checkpoint, go on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from torch.utils.data import DataLoader, IterableDataset
 
 from lcprune import (
     AtSteps,
@@ -25,6 +26,7 @@ from lcprune import (
     FixedPlan,
     OneShotRanking,
     ProgressiveCollapse,
+    TextDataModule,
     WeightedAverage,
 )
 from lcprune.distillation import callbacks as callbacks_room
@@ -32,6 +34,7 @@ from lcprune.distillation import resumable
 from lcprune.distillation.checkpoint import KEY
 from lcprune.errors import InputError
 from lcprune.merging import surgery
+from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from tests.distillation import runs
 
@@ -235,6 +238,78 @@ def test_impossible_schedule_is_refused_before_weights_are_loaded(fit: Fit, coll
 def test_callback_that_holds_on_to_weights_is_refused(fit: Fit, other: Callable[[], Callback]):
     with pytest.raises(InputError, match="remove it"):
         fit(runs.two_merges(), other())
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_stochastic_weight_averaging_is_refused_without_merges_too(fit: Fit):
+    with pytest.raises(InputError, match="would average nothing: remove it"):
+        fit(ProgressiveCollapse(), StochasticWeightAveraging(swa_lrs=1e-3))
+
+
+class Validated(LightningDataModule):
+    """Trains on a text, validates on what it is given."""
+
+    def __init__(self, inner: TextDataModule, loaders: object) -> None:
+        super().__init__()
+        self.inner, self.loaders = inner, loaders
+
+    def setup(self, stage: str | None = None) -> None:
+        self.inner.setup()
+
+    def train_dataloader(self) -> object:
+        return self.inner.train_dataloader()
+
+    def val_dataloader(self) -> object:
+        return self.loaders
+
+    def calibration_batches(self) -> list[Batch]:
+        return self.inner.calibration_batches()
+
+
+class Endless(IterableDataset[Batch]):
+    """Batches without a length."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def test_validation_without_a_length_is_measured_at_a_merge(tiny_folder: Path, text: Path, tmp_path: Path):
+    inner, module = runs.data_for(tiny_folder, text), runs.student_of(tiny_folder)
+    loader = DataLoader(Endless(inner.calibration_batches()), batch_size=None)
+    trainer = runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=1, limit_val_batches=1.0)
+    trainer.fit(module, datamodule=Validated(inner, loader))
+    assert module.history.steps[-1].measured["val/perplexity"] > 1
+
+
+def test_several_validation_loaders_are_refused_in_one_sentence(tiny_folder: Path, text: Path, tmp_path: Path):
+    inner = runs.data_for(tiny_folder, text)
+    loaders = [DataLoader(Endless(inner.calibration_batches()), batch_size=None)] * 2
+    trainer = runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=1, limit_val_batches=1.0)
+    with pytest.raises(InputError, match="validates on one loader"):
+        trainer.fit(runs.student_of(tiny_folder), datamodule=Validated(inner, loaders))
+
+
+def test_second_fit_of_a_module_merges_on_from_where_the_first_one_ended(tiny_folder: Path, text: Path, tmp_path: Path):
+    module = runs.student_of(tiny_folder)
+    for depth in (5, 4):
+        trainer = runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(depth)), max_steps=2)
+        trainer.fit(module, datamodule=runs.data_for(tiny_folder, text))
+        assert module.student.config.num_hidden_layers == depth
+    assert [step.global_step for step in module.history.steps] == [None, 0]
+
+
+def test_second_fit_of_a_module_that_is_short_enough_is_refused(tiny_folder: Path, text: Path, tmp_path: Path):
+    module = runs.student_of(tiny_folder)
+    runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=2).fit(
+        module, datamodule=runs.data_for(tiny_folder, text)
+    )
+    with pytest.raises(InputError, match="target depth 5 must lie between 1 and 4, because the model has 5 layers"):
+        runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=2).fit(
+            module, datamodule=runs.data_for(tiny_folder, text)
+        )
 
 
 @pytest.mark.usefixtures("nothing_loaded")

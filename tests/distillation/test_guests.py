@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -102,6 +102,28 @@ def test_guest_that_was_interrupted_ends_like_one_that_was_not(teacher: Path, te
     run(again, tmp_path / "parts", teacher, text, ckpt_path=str(tmp_path / "parts" / "last.ckpt"))
     assert again.history == whole.history
     assert equal(weights_of(again), weights_of(whole))
+
+
+def test_guest_goes_on_in_the_same_object(teacher: Path, text: Path, tmp_path: Path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *others: object) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    module = Mine(teacher)
+    trainer = trainer_for(tmp_path, Stop(), collapse(), checkpoints_in(tmp_path), max_steps=6)
+    trainer.fit(module, datamodule=data_for(teacher, text))
+    assert [step.global_step for step in module.history.steps] == [2]
+    run(module, tmp_path, teacher, text, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert [step.global_step for step in module.history.steps] == [2, 4]
+
+
+def test_second_run_of_a_guest_merges_on_from_where_the_first_one_ended(teacher: Path, text: Path, tmp_path: Path):
+    module = Mine(teacher)
+    for depth in (5, 4):
+        callback = ProgressiveCollapse(Evenly(depth), planner=FixedPlan([[1, 2], [3, 4]]))
+        trainer_for(tmp_path, callback, max_steps=2).fit(module, datamodule=data_for(teacher, text))
+        assert module.model.config.num_hidden_layers == depth
+    assert [step.global_step for step in module.history.steps] == [None, 0]
 
 
 def test_guest_resumed_with_its_model_made_later_has_the_depth_of_its_checkpoint(

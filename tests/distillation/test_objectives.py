@@ -144,6 +144,18 @@ def test_check_refuses_no_level_and_the_same_twice(levels: tuple[Level, ...]):
         check(levels)
 
 
+class Own(Level):
+    """A level that nothing here knows how to compute."""
+
+    weight = 1.0
+
+
+@pytest.mark.parametrize("levels", [[Own()], [Logits(), Own()], [Logits], Logits(), None])
+def test_check_refuses_what_is_no_list_of_known_levels(levels: object):
+    with pytest.raises(InputError, match=r"objective=.* must be a list of levels"):
+        check(levels)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", [Logits, Boundary, Labels])
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
 def test_level_refuses_a_weight_that_is_not_positive(kind: type[Level], weight: float):
