@@ -44,7 +44,6 @@ from lcprune.distillation.optim import Rewarming
 from lcprune.distillation.pair import TRUE
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
-from lcprune.distillation.randomness import restore_rng_state
 from lcprune.distillation.resumable import Resumable
 from lcprune.distillation.stepping import Stepping, let_gradients_go
 from lcprune.distillation.strategies import is_ddp, is_sharding, optimizer_steps, parameters_changed
@@ -388,9 +387,7 @@ class DistillationModule(Resumable, Stepping):
                     config.scheduler.set_total_steps(self._end)
             if self.phases_begin == "run":
                 beforehand.warn_of_phases(self.phases, 0, self._end)
-        if self._rng is not None:
-            restore_rng_state(self._rng)
-            self._rng = None
+        self.go_on()
 
     def teardown(self, stage: str) -> None:
         """Lets the trainer's device memory go: the teacher moves to the CPU with the student, in torch's kernels."""

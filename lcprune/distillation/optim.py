@@ -7,9 +7,11 @@ bias correction starts afresh too; it is not removed, because a missing state ca
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn import Parameter
 from torch.optim import SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,6 +21,8 @@ from lcprune.merging.surgery import Outcome
 
 STARTS_AT_ZERO = (Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, RAdam, RMSprop, SGD)
 """Optimizers whose state per Parameter is all zeros at first and belongs to that Parameter alone."""
+OF_THE_RUN = ("params", "param_names")
+"""In a param group: what is no setting."""
 STARTS_AT_ZERO_IN_8_BIT = ("AdamW8bit", "PagedAdamW8bit")
 """bitsandbytes' optimizers of which that holds too; by name, to import it only where models are packed."""
 
@@ -68,7 +72,7 @@ def _zero(state: dict[str, object]) -> None:
 
 def _keep(group: dict, staying: list[bool]) -> None:  # type: ignore[type-arg]
     """Cuts the lists of a param group that run along its Parameters."""
-    for name in ("params", "param_names"):
+    for name in OF_THE_RUN:
         if name in group:
             group[name][:] = [item for item, stays in zip(group[name], staying, strict=True) if stays]
 
@@ -77,6 +81,41 @@ def forget_gradients(parameters: Collection[Parameter]) -> None:
     """Drops gradients, which belong to weights that are gone."""
     for parameter in parameters:
         parameter.grad = None
+
+
+def settings(optimizer: Optimizer) -> list[dict[str, object]]:
+    """What was asked for when it was made, group by group: learning rate, weight decay ..."""
+    return [
+        {name: value for name, value in group.items() if name not in OF_THE_RUN} for group in optimizer.param_groups
+    ]
+
+
+def take_over(optimizer: Optimizer, asked: list[dict[str, object]], scheduler: object) -> None:
+    """Gives an optimizer out of a checkpoint the settings that it was made with, where they are others.
+
+    Args:
+        optimizer: With the checkpoint's state.
+        asked: Its `settings` before that was loaded.
+        scheduler: Of its learning rate, which then is the scheduler's matter; None = there is none.
+    """
+    for group, mine in zip(optimizer.param_groups, asked, strict=True):
+        if scheduler is not None and not isinstance(scheduler, Rewarming):  # it may move any of them
+            if (was := group.get("initial_lr")) != (now := mine.get("initial_lr")):
+                rank_zero_warn(
+                    f"model.optimizer: the checkpoint's learning rate {was} stays and {now} is not used, because "
+                    f"{type(scheduler).__name__} goes on with its own: begin a run with model.student for another one"
+                )
+            continue
+        of_scheduler = () if scheduler is None else ("lr", "initial_lr")
+        wanted = {name: value for name, value in mine.items() if name in group and name not in of_scheduler}
+        if told := _changes(group, wanted):
+            group.update(wanted)
+            rank_zero_info(f"{type(optimizer).__name__}, other than in the checkpoint, from here on: {told}")
+
+
+def _changes(was: Mapping[str, object], asked: Mapping[str, object]) -> str:
+    """What is asked for and was otherwise, in words; empty if nothing."""
+    return ", ".join(f"{name} {value} (was {was[name]})" for name, value in asked.items() if was[name] != value)
 
 
 class Rewarming(LambdaLR):
@@ -106,9 +145,25 @@ class Rewarming(LambdaLR):
         if self.curve.follows_run:
             self.curve.total_steps = max(1, steps)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but a peak and a curve that were set otherwise since the checkpoint count from here on."""
+        peaks, asked = list(self.base_lrs), self.curve.settings
+        super().load_state_dict(state_dict)
+        was = {"lr": self.base_lrs, **self.curve.settings}
+        if told := _changes(was, {"lr": peaks, **asked}):
+            self.base_lrs = peaks
+            vars(self.curve).update(asked)
+            self._set_rates()
+            for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+                group["initial_lr"] = peak
+            rank_zero_info(f"{type(self).__name__}, other than in the checkpoint, from here on: {told}")
+
     def rewarm(self) -> None:
         """Begins a warm-up now: the next optimizer step is its first."""
         self.curve.restarts = [*self.curve.restarts, self.last_epoch]
+        self._set_rates()
+
+    def _set_rates(self) -> None:
         rates = [rate * self.curve(self.last_epoch) for rate in self.base_lrs]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -178,6 +233,12 @@ class _Curve:
         self.floor, self.total_steps = floor, total_steps
         self.follows_run = total_steps is None
         self.restarts: list[int] = []
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a recipe says of it, and not the run."""
+        run = {"restarts"} | ({"total_steps"} if self.follows_run else set())
+        return {name: value for name, value in vars(self).items() if name not in run}
 
     def mistakes(self) -> list[str]:
         """What is wrong with its numbers."""

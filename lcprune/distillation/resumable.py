@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
-from lcprune.distillation import averaging, beginning, quantized, sharded
+from lcprune.distillation import averaging, beginning, optim, quantized, sharded
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
 from lcprune.distillation.adapters import Lora
@@ -23,7 +23,7 @@ from lcprune.distillation.evaluated import Evaluated
 from lcprune.distillation.faults import check_weights
 from lcprune.distillation.fingerprint import Fingerprint
 from lcprune.distillation.pair import load_pair, storages
-from lcprune.distillation.randomness import RngState, states_of_ranks
+from lcprune.distillation.randomness import RngState, restore_rng_state, states_of_ranks
 from lcprune.distillation.standing import Standing
 from lcprune.distillation.teacher import DtypeName, Teacher, TeacherDtype
 from lcprune.errors import InputError
@@ -56,6 +56,7 @@ class Resumable(Evaluated):
         self.resume_from: Path | None = None
         """Checkpoint that a sharded run goes on from, where `trainer.ckpt_path` does not say so before `fit`."""
         self._rng: RngState | None = None  # with which a resumed run goes on
+        self._asked: list[list[dict[str, object]]] = []  # settings of the optimizers, before a checkpoint has its say
         self._prefix_is_original = True  # whether layers before the first merged one are the teacher's, value by value
 
     @property
@@ -76,6 +77,20 @@ class Resumable(Evaluated):
     def resumes(self) -> bool:
         """Whether a checkpoint has been loaded and training has not gone on from it yet."""
         return self._rng is not None
+
+    def on_fit_start(self) -> None:
+        """Remembers how the optimizers were made; behind this a checkpoint puts its own settings into them."""
+        self._asked = [optim.settings(optimizer) for optimizer in self.trainer.optimizers]
+
+    def go_on(self) -> None:
+        """Goes on with an interrupted run: its random numbers, and what the recipe now says of the optimizer."""
+        if self._rng is None:
+            return
+        restore_rng_state(self._rng)
+        self._rng = None
+        schedulers = {id(config.scheduler.optimizer): config.scheduler for config in self.trainer.lr_scheduler_configs}
+        for optimizer, asked in zip(self.trainer.optimizers, self._asked, strict=True):
+            optim.take_over(optimizer, asked, schedulers.get(id(optimizer)))
 
     def begin_anew(self) -> None:
         """Makes merges that another `fit` of the same module has made those of before this one."""
