@@ -16,27 +16,36 @@ from lcprune.distillation.storing import SUFFIX, first_whole
 from lcprune.errors import InputError
 
 
-def last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest whole checkpoint of a run, whatever its name; None where there is none yet.
+def last_checkpoint(trainer: Trainer) -> Path:
+    """The newest whole checkpoint of a run, whatever its name.
 
     The damaged ones that are newer are named on stderr.
 
     Raises:
-        InputError: There are checkpoints and none of them is whole.
+        InputError: None of them is whole, or there is none.
     """
-    return _last(trainer, lambda _: True)
+    path, where = _last(trainer, lambda _: True)
+    if path is None:
+        raise InputError(f"ckpt_path=last: there is no checkpoint yet in {where}: name one, or run fit first.")
+    return path
 
 
 def last_state(trainer: Trainer) -> Path | None:
     """As `last_checkpoint`, the newest that a run can go on from: those of weights alone are passed over, too.
 
+    None where there is no checkpoint yet; stderr says so.
+
     Raises:
         InputError: There are checkpoints and none of them is such.
     """
-    return _last(trainer, goes_on)
+    path, where = _last(trainer, goes_on)
+    if path is None:
+        _say(f"--ckpt_path last: no checkpoint yet in {where}, a new run begins")
+    return path
 
 
-def _last(trainer: Trainer, serves: Callable[[Path], bool]) -> Path | None:
+def _last(trainer: Trainer, serves: Callable[[Path], bool]) -> tuple[Path | None, str]:
+    """The newest that serves, and where was looked."""
     folders, paths = checkpoint_folders(trainer), checkpoints(trainer)
     former = formers(run_folder(trainer), paths)
     paths = [path for path in paths if path not in former]
@@ -59,10 +68,7 @@ def _last(trainer: Trainer, serves: Callable[[Path], bool]) -> Path | None:
         raise InputError(
             f"ckpt_path=last: no checkpoint is whole ({_listed(skipped)}): start a new run without ckpt_path."
         )
-    else:
-        note = f" ({_listed(former)}: of the run before this one)" if former else ""
-        _say(f"--ckpt_path last: no checkpoint yet in {_listed(folders)}, a new run begins{note}")
-    return path
+    return path, _listed(folders) + (f" ({_listed(former)}: of the run before this one)" if former else "")
 
 
 def _listed(paths: Iterable[Path]) -> str:
