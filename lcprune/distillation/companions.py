@@ -5,6 +5,8 @@ EarlyStopping       its patience refers to the new depth
 WeightAveraging     its averages merge too, see averaging.py
 """
 
+import re
+
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -33,8 +35,9 @@ def check(trainer: Trainer) -> None:
 
 def _has_one_name(callback: ModelCheckpoint) -> bool:
     keeps_best = callback.monitor is not None and callback.save_top_k != 0
-    constant = callback.filename is not None and "{" not in callback.filename
-    return keeps_best and constant and not callback._enable_version_counter
+    fields = None if callback.filename is None else set(re.findall(r"\{(\w+)", callback.filename))
+    # Two depths may fall into one epoch.
+    return keeps_best and fields is not None and fields <= {"epoch"} and not callback._enable_version_counter
 
 
 def forget_best(trainer: Trainer) -> None:

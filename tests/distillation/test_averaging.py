@@ -264,8 +264,9 @@ def test_all_callbacks_together_resume_as_if_nothing_had_been(fit: Fit, tmp_path
     assert runs.equal(runs.weights_of(module), runs.weights_of(whole))
 
 
-def test_one_name_for_the_best_of_all_depths_is_refused(fit: Fit, tmp_path: Path):
-    best = ModelCheckpoint(tmp_path, **_agreement(filename="best", enable_version_counter=False))  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", ["best", "best-{epoch}"])
+def test_one_name_for_the_best_of_all_depths_is_refused(name: str, fit: Fit, tmp_path: Path):
+    best = ModelCheckpoint(tmp_path, **_agreement(filename=name, enable_version_counter=False))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"best-\{depth:\.0f\}"):
         fit(best, collapse({3: 5}))
 
