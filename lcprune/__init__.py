@@ -43,7 +43,7 @@ _HOMES = {
     "lcprune.distillation.callbacks": ("ProgressiveCollapse",),
     "lcprune.data.module": ("TextDataModule",),
     "lcprune.delivery.export": ("export",),
-    "lcprune.api": ("distill", "load_history", "score"),
+    "lcprune.api": ("distill", "load_history", "perplexity", "score"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -63,6 +63,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from lcprune.api import distill as distill
     from lcprune.api import load_history as load_history
+    from lcprune.api import perplexity as perplexity
     from lcprune.api import score as score
     from lcprune.data.module import TextDataModule as TextDataModule
     from lcprune.delivery.export import export as export

@@ -40,6 +40,7 @@ from lcprune.merging.criteria import (
 from lcprune.merging.gradients import Magnitude, Taylor
 from lcprune.merging.heatmaps import state_cosines, weight_distances
 from lcprune.merging.lineage import HISTORY, MergeHistory
+from lcprune.merging.within import calibration_perplexity
 
 CRITERIA: tuple[Criterion, ...] = (
     BlockInfluence(),
@@ -82,6 +83,23 @@ def score(model: PreTrainedModel, batches: Sequence[Batch], *, criteria: Sequenc
         weights=distances,
         cosines=tuple(map(tuple, cosines)),
     )
+
+
+def perplexity(model: PreTrainedModel, text: TextDataModule | Iterable[Batch]) -> float:
+    """Exp of the mean cross-entropy of the next token; what runs log as `val/perplexity`. The model is left as it is.
+
+    Args:
+        model: A causal LM of a known family.
+        text: A data module, whose held-out blocks count; or batches, `input_ids` [B, T] each. Padding and labels of
+            -100 are not scored.
+
+    Raises:
+        InputError: For a family that lcprune does not know, or where no token is scored.
+    """
+    if isinstance(text, TextDataModule):
+        text.setup("validate")
+        text = text.val_dataloader()
+    return calibration_perplexity(Calibration(model, list(text)))
 
 
 def distill(

@@ -35,6 +35,21 @@ def test_score_has_a_number_for_every_layer_and_leaves_the_model_alone(text: Tex
     assert equal(weights_of(model), before)
 
 
+def test_perplexity_is_that_of_transformers_loss(text: TextDataModule):
+    model = tiny_llama().train()
+    text.setup()
+    batches = list(text.val_dataloader())
+    assert len({batch["input_ids"].shape for batch in batches[:-1]}) == 1
+    with torch.no_grad():
+        losses = [model.eval()(batch["input_ids"], labels=batch["input_ids"]).loss for batch in batches]
+    model.train()
+    counts = torch.tensor([batch["input_ids"][:, 1:].numel() for batch in batches])
+    expected = (torch.stack(losses) @ counts.float() / counts.sum()).exp().item()
+    assert lcprune.perplexity(model, text) == pytest.approx(expected, rel=1e-5)
+    assert lcprune.perplexity(model, batches) == lcprune.perplexity(model, text)
+    assert model.training
+
+
 def test_distill_returns_the_model_it_was_given_trained(text: TextDataModule):
     model, history = shortened(text)
     before = weights_of(model)
