@@ -26,7 +26,7 @@ from lcprune.distillation.guests import Guest, Shortened
 from lcprune.distillation.merges import measure as measure
 from lcprune.distillation.merges import merge, planning, shown
 from lcprune.distillation.module import DistillationModule
-from lcprune.distillation.schedules import Deadline, Schedule, last_known
+from lcprune.distillation.schedules import Deadline, Facts, Schedule, last_known
 from lcprune.distillation.stages import Method, Stage, check_order
 from lcprune.distillation.standing import JUDGE, Standing
 from lcprune.distillation.strategies import check_merges, is_over, is_sharding, optimizer_steps, validation_follows
@@ -220,7 +220,7 @@ class ProgressiveCollapse(Callback):
             optim.check(optimizer)
         if trainer.global_step == 0:
             module.standing = Standing()
-        facts = module.standing.facts(trainer.global_step, module.history, module.begun.depth)
+        facts = self._facts(trainer, module)
         if isinstance(self.schedule, ByTokens):
             self.schedule.check_counted(facts.step, facts.tokens)
         missed = self.schedule.missed(facts)
@@ -313,11 +313,17 @@ class ProgressiveCollapse(Callback):
         ahead = (int(at) for at, _ in self._ahead(module, trainer.global_step + 1) if at < inf)
         module.next_merge = next(ahead, None)
 
+    def _facts(self, trainer: Trainer, module: Shortened) -> Facts:
+        """What the schedule looks at; where it goes by tokens, ranks meet and wait for their devices in here."""
+        if isinstance(self.schedule, ByTokens):
+            module.standing.tokens()
+        return module.standing.facts(trainer.global_step, module.history, module.begun.depth)
+
     def _merge_if_due(self, trainer: Trainer, module: Shortened) -> None:
         step, standing = trainer.global_step, module.standing
         if self.schedule is None or standing.asked[0] == step:
             return
-        facts = standing.facts(step, module.history, module.begun.depth)
+        facts = self._facts(trainer, module)
         target = self.schedule.due(facts)
         if target is not None and is_over(trainer):
             return  # nothing would be trained after it; a run that goes on from here begins with it

@@ -70,7 +70,7 @@ class Standing:
         self.since, self.pending = (*self.since, perplexity), False
 
     def facts(self, step: int, history: MergeHistory, begun: int) -> Facts:
-        """All that a schedule may look at; ranks meet in here.
+        """All that a schedule may look at; its tokens are those of when `tokens` was asked last.
 
         Args:
             step: Optimizer steps done.
@@ -82,7 +82,7 @@ class Standing:
             step=step,
             begun=begun,
             depth=history.depth,
-            tokens=self.tokens(),
+            tokens=self.counted,
             tokens_before=self.asked[1],
             merged=bool(own),
             refused=bool(self.refused),

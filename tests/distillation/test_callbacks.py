@@ -20,18 +20,21 @@ from torch.utils.data import DataLoader, IterableDataset
 from lcprune import (
     AtSteps,
     BlockInfluence,
+    ByTokens,
     DistillationModule,
     Drop,
     Evenly,
     FixedPlan,
     OneShotRanking,
     ProgressiveCollapse,
+    Schedule,
     TextDataModule,
     WeightedAverage,
 )
 from lcprune.distillation import callbacks as callbacks_room
 from lcprune.distillation import resumable
 from lcprune.distillation.checkpoint import KEY
+from lcprune.distillation.standing import Standing
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.calibration import Batch
@@ -290,6 +293,21 @@ def test_several_validation_loaders_are_refused_in_one_sentence(tiny_folder: Pat
     trainer = runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=1, limit_val_batches=1.0)
     with pytest.raises(InputError, match="validates on one loader"):
         trainer.fit(runs.student_of(tiny_folder), datamodule=Validated(inner, loaders))
+
+
+@pytest.mark.parametrize(("schedule", "times"), [(Evenly(5), 1), (ByTokens(AtSteps({64: 5})), 7)])
+def test_only_a_schedule_that_goes_by_tokens_lets_ranks_meet_at_every_step(
+    schedule: Schedule, times: int, fit: Fit, monkeypatch: pytest.MonkeyPatch
+):
+    asked, tokens = [], Standing.tokens
+
+    def counting(standing: Standing) -> int:
+        asked.append(standing)
+        return tokens(standing)
+
+    monkeypatch.setattr(Standing, "tokens", counting)
+    fit(ProgressiveCollapse(schedule), max_steps=4)
+    assert len(asked) == times
 
 
 def test_second_fit_of_a_module_merges_on_from_where_the_first_one_ended(tiny_folder: Path, text: Path, tmp_path: Path):
