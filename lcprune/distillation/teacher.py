@@ -21,6 +21,7 @@ from lcprune.distillation.quantized import Packed
 from lcprune.errors import InputError, reason
 from lcprune.merging.architectures import check_config, layout_of
 from lcprune.merging.calibration import HEAD_FIELDS, Batch
+from lcprune.merging.streaming import without_weights
 from lcprune.merging.surgery import second_view as second_view
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -120,13 +121,18 @@ def load(
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Gives every parameter another dtype, keeping its identity.
+    """Gives every parameter another dtype, keeping its identity, and unsaved buffers what a model loaded in it has.
 
-    Not `model.to(dtype)`, which would round the rotary frequencies too.
+    Not `model.to(dtype)`, which would round the rotary frequencies too, and leave a scale of Gemma's embeddings that
+    was rounded when the model was loaded as it is.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():  # others are packed
             parameter.data = parameter.data.to(dtype)
+    saved, exact = model.state_dict().keys(), dict(without_weights(model.config, dtype).named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in exact.keys() - saved:
+            buffer.data = exact[name].to(buffer.device)
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lcprune import DistillationModule, Labels, Logits
 from lcprune.distillation.passes import Wanted, forward
-from lcprune.distillation.teacher import Teacher, head_of, load, second_view
+from lcprune.distillation.teacher import DtypeName, Teacher, cast, head_of, load, second_view
 from lcprune.distillation.trained import own
 from lcprune.errors import InputError
 from lcprune.merging import surgery
@@ -104,6 +104,21 @@ def test_load_refuses_a_folder_without_weights_in_one_sentence(tmp_path: Path):
     with pytest.raises(InputError, match=r"model\.teacher: .*neither model\.safetensors") as caught:
         load(str(tmp_path), "float32")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("computed", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", builders.ALL_FAMILIES)
+def test_cast_model_has_the_buffers_of_one_loaded_in_that_dtype(
+    family: builders.Family, computed: DtypeName, tmp_path: Path
+):
+    teacher = str(builders.save_tiny(tmp_path, builders.tiny_llama(model_type=family)))
+    model = load(teacher, computed)
+    surgery.apply(model, MergeStep((1, 2), {"class_path": "Drop"}, (0.5, 0.5)))
+    cast(model, torch.float32)
+    exact = dict(load(teacher, "float32").named_buffers())
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == exact[name].dtype
+        assert buffer.equal(exact[name])
 
 
 def configured(teacher: Path, **settings: object) -> DistillationModule:
