@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from math import inf, isfinite
+from math import inf, isfinite, isnan
 from pathlib import Path
 
 from rich.console import Console
@@ -124,7 +124,7 @@ def _cells(values: Sequence[float], rows: int) -> list[str]:
     cells = []
     for layer, value in enumerate(values):
         part = (value - low) / (high - low) if isfinite(value) and high > low else float(value == inf)
-        mark = f" {ranks[layer]}" if ranks[layer] <= SAFEST else ""
+        mark = f" {ranks[layer]}" if ranks[layer] <= SAFEST and not isnan(value) else ""
         cells.append(f"{value:9.4g} {'█' * round(5 * part):<5}{mark}")
     return cells + [""] * (rows - len(values))
 

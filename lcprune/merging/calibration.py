@@ -8,10 +8,11 @@ with hooks, because the last of Hugging Face's `hidden_states` is taken after th
 `T` tokens, `N` unmasked tokens of a batch, `D` hidden, `V` vocabulary, `L` layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 
 import torch
 import transformers
@@ -270,7 +271,7 @@ def collect(model: PreTrainedModel, batches: Sequence[Batch], spans: Sequence[in
     finally:
         for handle in handles:
             handle.remove()
-    return sums.stats(batches)
+    return sums.stats(batches, model.dtype)
 
 
 class SpanSums:
@@ -295,11 +296,23 @@ class SpanSums:
         self._sums[span][0, boundary] += cos_N.sum().cpu()
         self._sums[span][1, boundary] += (cos_N.arccos() / torch.pi).sum().cpu()
 
-    def stats(self, batches: Sequence[Batch]) -> LayerStats:
-        """The means over all tokens that count of the batches that were added."""
+    def stats(self, batches: Sequence[Batch], dtype: torch.dtype) -> LayerStats:
+        """The means over all tokens that count of the batches that were added; raises InputError if one is no number.
+
+        Args:
+            batches: All of them.
+            dtype: Of the model's weights, for the error.
+        """
         tokens = sum(map(tokens_in, batches))
         if not tokens:
             raise InputError("No token of the calibration text counts (all are padding): give text that is.")
+        broken = [b + n - 1 for n, total in self._sums.items() for b in (~total[0].isfinite()).nonzero().flatten()]
+        if broken:
+            way = "the model is broken or has diverged, fetch it anew or go back to an earlier checkpoint"
+            if dtype == torch.float16:
+                way = "choose bfloat16 or float32, with --dtype or model.dtype (in fit trainer.precision, too)"
+            name = str(dtype).removeprefix("torch.")
+            raise InputError(f"The stream behind layer {min(broken)} is no number in {name}: {way}.")
         cosine = {n: tuple((total[0] / tokens).tolist()) for n, total in self._sums.items()}
         angle = {n: tuple((total[1] / tokens).tolist()) for n, total in self._sums.items()}
         return LayerStats(cosine, angle, tokens)
@@ -359,6 +372,11 @@ class Calibration:
                 return stats
         self._stats[spans] = collect(self.model, self.batches, spans)
         return self._stats[spans]
+
+    def check_stream(self, figures: Iterable[float]) -> None:
+        """Raises InputError if figures of the model as it stands are no numbers because its stream is none."""
+        if not all(map(isfinite, figures)):
+            collect(self.model, self.batches)
 
     def scores(self, name: str, score: Callable[["Calibration"], tuple[float, ...]]) -> tuple[float, ...]:
         """`score(self)`, once for each name: planning to several depths judges the layers only once."""

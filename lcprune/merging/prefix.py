@@ -26,10 +26,12 @@ _ByKind = dict[tuple[object, ...], Mapping[str, object]]
 def prefixes_of(calibration: Calibration, highest: int, every: int = 1) -> "PrefixCache":
     """The stream before layers 0 .. `highest` of the model as it is, kept before every so-manieth, or fewer (`ROOM`).
 
-    Where the model is not merged yet this is the original's pass too: it need not run again to be compared with.
+    Where the model is not merged yet this is the original's pass too: it need not run again to be compared with. Raises
+    InputError for a stream that is not finite.
     """
     every = max(every, affordable(calibration.model, calibration.batches, highest))
     cache = PrefixCache(calibration.model, calibration.batches, highest, every)
+    calibration.check_stream(state.abs().max().item() for state in cache.last)
     if calibration.original is None:
         calibration.know_reference(cache.last)
     return cache

@@ -103,6 +103,8 @@ class ProgressivePlanner(StepwisePlanner):
         """One pair after the other; ends early where no two neighbours are left that may merge."""
         history = calibration.past
         view = _View(calibration, self, recorded=operator.needs_activity)
+        if calibration.depth > target:
+            calibration.check_stream(view.glance(calibration.depth))
         with ExitStack() as accepted:
             while calibration.depth > target and (pairs := self._allowed(built_alike(calibration), history.lineage)):
                 step = self._shared(calibration, view, view.least(pairs, calibration.depth), operator)
@@ -181,11 +183,15 @@ class _View:
         self.batches = [batch for trail in trails for batch in trail.batches]
         """All of the text, in the order in which states are handed out."""
 
+    def glance(self, depth: int) -> list[float]:
+        """The score of every pair on the first part of the text."""
+        self._parts[0].walk(depth, f"scoring pairs of {depth} layers")
+        return [_mean(angles) for angles in self._parts[0].angles]
+
     def least(self, pairs: Sequence[Pair], depth: int) -> Pair:
         """The pair with the least score, the lowest among equals."""
-        glance = self._parts[0]
-        glance.walk(depth, f"scoring pairs of {depth} layers")
-        rivals = [min(pairs, key=lambda pair: (_mean(glance.angles[pair[0]]), pair))]
+        glance, scores = self._parts[0], self.glance(depth)
+        rivals = [min(pairs, key=lambda pair: (scores[pair[0]], pair))]
         while rivals:
             for part in self._parts[1:]:
                 part.walk(rivals[0][1] + 1, f"scoring layer {rivals[0][0]} on all tokens")

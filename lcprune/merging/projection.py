@@ -96,7 +96,7 @@ class ProjectionFit:
         everything, strength = self._fitted + self._held_out, self._strengths[0]
         if self._held:
             strength = best_strength(self._fitted, self._held_out, self._strengths)
-            if self._held_out.error(self._fitted.solve(strength)) >= self._held_out.energy:
+            if not self._held_out.error(self._fitted.solve(strength)) < self._held_out.energy:
                 return
         change_ID = everything.solve(strength)
         old_DI, bias_D = self._weight_DI, self._bias
@@ -107,7 +107,7 @@ class ProjectionFit:
             new_D = (in_double(bias_D) + change_ID[-1]).to(bias_D.dtype)
             change_ID[-1] = in_double(new_D) - in_double(bias_D)
         # Rounded to the stored dtype, a small change may be none or even do harm.
-        if everything.error(change_ID) >= everything.energy:
+        if not everything.error(change_ID) < everything.energy:
             return
         self._projection.weight.data = (new_DI.T if self._transposed else new_DI).contiguous().to(old_DI.device)
         if bias_D is not None:

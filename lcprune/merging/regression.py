@@ -9,6 +9,7 @@ Where the device has no float64 the sums are kept, and solved, on the CPU.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -57,9 +58,13 @@ class Sums:
         return self.energy + float((x_ID * (self.gram_II @ x_ID - 2 * self.cross_ID)).sum())
 
     def solve(self, strength: float) -> Tensor:
-        """The minimiser X [I, D] for lambda = strength * mean(diag(Z W Z^T)); zero where nothing is to be explained."""
+        """The minimiser X [I, D] for lambda = strength * mean(diag(Z W Z^T)); zero where nothing is to be explained.
+
+        So it is where a sum is no number: then nothing can be.
+        """
         scale = float(self.gram_II.diagonal().mean())
-        if scale == 0 or self.energy == 0:
+        finite = isfinite(scale + self.energy) and bool(self.cross_ID.isfinite().all() & self.gram_II.isfinite().all())
+        if scale == 0 or self.energy == 0 or not finite:
             return torch.zeros_like(self.cross_ID)
         ridged_II = self.gram_II.clone()
         ridged_II.diagonal().add_(strength * scale)

@@ -213,6 +213,7 @@ class _Bench:
             # The student is its own original as yet: its states are the teacher's, and held once.
             self._fit_before += self._targets[:-1]
         self._run_on()
+        calibration.check_stream([*self.turns, *(loss for loss, _ in self._unmerged)])
 
     def refresh(self, place: int) -> None:
         """Runs the text again from this layer on, after a merge there."""

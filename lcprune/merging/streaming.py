@@ -123,7 +123,7 @@ class StoredModel:
                                 earlier_ND = unmasked(past.state(index + 1 - n, place), mask).float()
                                 sums.add(n, index + 1 - n, earlier_ND, after_ND)
                     past.keep(index + 1, stream.states)
-        return sums.stats(batches)
+        return sums.stats(batches, self.dtype)
 
     @contextmanager
     def _frame(self, batches: Sequence[Batch]) -> Iterator[None]:

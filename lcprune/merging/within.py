@@ -130,6 +130,7 @@ class _Judge:
         self._teacher = surgery.second_view(calibration.model) if refit is not None else None
         self.original = self._perplexity()
         """That of the model before any merge."""
+        calibration.check_stream([self.original])
 
     def after(self, steps: Sequence[MergeStep]) -> float:
         """The perplexity of the model, which has these steps, after its refit; the model is left as it is."""

@@ -22,6 +22,7 @@ from lcprune.merging.shards import ShardWriter
 from tests.benchmarks.stream import Size, save_large
 from tests.builders import save_tiny, tiny_llama
 from tests.cli.recipe import recipe, text_file, write
+from tests.merging.planning import overflowing
 
 pytestmark = pytest.mark.filterwarnings("ignore:`litmodels`", "ignore:The `srun` command")
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +73,16 @@ def test_a_plan_in_half_precision_does_not_round_what_it_keeps(
         if len(ancestors) == 1:
             name = f"model.layers.{place}.mlp.down_proj.weight"
             assert torch.equal(kept[name], original[name.replace(f".{place}.", f".{ancestors[0]}.", 1)]), name
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_stream_that_leaves_half_precision_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+):
+    out, config = tmp_path / "out", changed(tmp_path, save_tiny(tmp_path / "model", overflowing()))
+    assert main(["collapse", "--config", config, "--dtype", "float16", "--out", str(out), *flags]) == 2
+    assert "The stream behind layer 2 is no number in float16: choose bfloat16" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_experts_that_cannot_be_read_one_by_one_are_said_to_be_rounded(

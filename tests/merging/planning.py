@@ -12,7 +12,7 @@ from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.criteria import Criterion
 from lcprune.merging.lineage import MergeStep
-from tests.builders import token_batches
+from tests.builders import tiny_llama, token_batches
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,14 @@ class Given(Criterion):
 
     def score(self, calibration: Calibration) -> tuple[float, ...]:
         return self.scores
+
+
+def overflowing() -> PreTrainedModel:
+    """In float16, which layer 2 leaves; its weights do not."""
+    model = tiny_llama(dtype=torch.float16)
+    with torch.no_grad():
+        model.get_submodule("model.layers.2.mlp.down_proj").weight.mul_(3e4)
+    return model
 
 
 def layers_of(model: PreTrainedModel) -> Any:

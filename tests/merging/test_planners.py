@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lcprune.errors import InputError
-from lcprune.merging import surgery
+from lcprune.merging import collapse, surgery
 from lcprune.merging.calibration import Calibration, LayerStats
 from lcprune.merging.criteria import AngularDistance, BlockInfluence, OutputSimilarity, TrialPerplexity
+from lcprune.merging.greedy import GreedyPlanner
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
 from lcprune.merging.planners import ContiguousBlock, FixedPlan, OneShotRanking, Planner, ThresholdPlanner
+from lcprune.merging.progressive import ProgressivePlanner
+from lcprune.merging.search import RefitSearch
 from tests.builders import FAMILIES, Family, tiny_llama, token_batches
-from tests.merging.planning import Given, assert_same, groups_of, layers_of, plain, weights_of
+from tests.merging.planning import Given, assert_same, groups_of, layers_of, overflowing, plain, weights_of
 
 INF = float("inf")
 
@@ -79,6 +82,28 @@ def test_contiguous_block_without_a_score_is_not_chosen():
     calibration._stats[2,] = LayerStats({2: (0.0,) * 5}, {2: (0.1, nan, 0.3, 0.2, nan)}, 1)
     (step,) = ContiguousBlock().plan(calibration, Drop(keep="first"), 4)
     assert step.group == (2, 3, 4)
+
+
+@pytest.mark.parametrize("ratio", [None, 1.5])
+@pytest.mark.parametrize(
+    "planner",
+    [
+        OneShotRanking(),
+        OneShotRanking(TrialPerplexity()),
+        ContiguousBlock(),
+        ThresholdPlanner(layers_per_merge=2),
+        GreedyPlanner(),
+        ProgressivePlanner(),
+        RefitSearch(),
+    ],
+    ids=lambda planner: type(planner).__name__,
+)
+def test_no_plan_is_made_of_a_stream_that_is_no_number(planner: Planner, ratio: float | None):
+    depth = 4 if ratio is None else None
+    with pytest.raises(
+        InputError, match=r"behind layer 2 is no number in float16: choose bfloat16 or float32, .*dtype"
+    ):
+        collapse.plan(overflowing(), plain(), target_depth=depth, max_perplexity_ratio=ratio, planner=planner)
 
 
 def test_one_shot_ranking_removes_a_layer_into_the_one_before_it():

@@ -81,6 +81,13 @@ def test_solution_is_zero_where_nothing_is_lacking():
     assert not _sums(inputs, torch.zeros(len(inputs), 3)).solve(0.1).any()
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_solution_is_zero_where_a_token_is_no_number(broken: int):
+    tokens = _random()
+    tokens[broken][3, 1] = torch.inf
+    assert not _sums(*tokens).solve(0.1).any()
+
+
 def test_solution_exists_for_fewer_tokens_than_inputs():
     inputs, lacking = _random(tokens=2)
     solution = _sums(inputs, lacking).solve(1e-14)
