@@ -175,6 +175,24 @@ def spec_of(operator: Operator) -> dict[str, object]:
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(operator)}  # type: ignore[call-overload]
 
 
+def check_keys(what: str, spec: Mapping[str, object]) -> None:
+    """Refuses what stands beside `class_path` and `init_args`, where nothing would read it.
+
+    Args:
+        what: `operator` or `refit`.
+        spec: As a plan holds it.
+
+    Raises:
+        InputError: There is something.
+    """
+    beside = next((key for key in spec if key not in ("class_path", "init_args")), None)
+    if beside is not None:
+        raise InputError(
+            f"{what} class_path={str(spec.get('class_path'))!r} has {beside!r} beside it, where nothing reads it: put "
+            "it under init_args."
+        )
+
+
 def from_spec(spec: Mapping[str, object]) -> Operator:
     """The operator that `spec_of` described; a bare class name means one of lcprune's.
 
@@ -184,6 +202,7 @@ def from_spec(spec: Mapping[str, object]) -> Operator:
     Raises:
         InputError: If the class is not an operator or does not take the arguments.
     """
+    check_keys("operator", spec)
     class_path, init_args = str(spec.get("class_path")), spec.get("init_args") or {}
     module_name, _, name = class_path.rpartition(".")
     if module_name in ("", "lcprune"):

@@ -26,6 +26,7 @@ from lcprune.merging.calibration import Batch
 from lcprune.merging.double import in_double, total
 from lcprune.merging.lineage import Lineage, MergeHistory
 from lcprune.merging.observation import observe, observe_attention
+from lcprune.merging.operators import check_keys
 from lcprune.merging.progress import track
 from lcprune.merging.projection import ProjectionFit
 from lcprune.merging.regression import token_weights
@@ -296,6 +297,7 @@ def from_spec(spec: Mapping[str, object]) -> Refit:
     Raises:
         InputError: If the class is not a refit, or not imported, or does not take the arguments.
     """
+    check_keys("refit", spec)
     class_path, init_args = str(spec.get("class_path")), spec.get("init_args") or {}
     module_name, _, name = class_path.rpartition(".")
     module = sys.modules.get(__name__ if module_name in ("", "lcprune") else module_name)

@@ -245,6 +245,11 @@ def test_arguments_that_an_operator_does_not_take_are_refused(class_path: str, i
         from_spec({"class_path": class_path, "init_args": init_args})
 
 
+def test_key_beside_the_arguments_is_refused():
+    with pytest.raises(InputError, match=r"operator class_path='Drop' has 'keep' beside it, .* put it under init_args"):
+        from_spec({"class_path": "Drop", "keep": "first"})
+
+
 def test_class_variable_is_not_taken_for_an_argument():
     with pytest.raises(InputError, match="Rdsc does not take 'elementwise'; its arguments are: none"):
         from_spec({"class_path": "Rdsc", "init_args": {"elementwise": False}})

@@ -15,7 +15,7 @@ from lcprune.merging.collapse import collapse, execute
 from lcprune.merging.concat import Concat
 from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
-from lcprune.merging.refit import MagnitudeCompensation, Refit, RidgeRefit
+from lcprune.merging.refit import MagnitudeCompensation, Refit, RidgeRefit, from_spec
 from lcprune.merging.refit import spec_of as spec_of_refit
 from lcprune.merging.regression import Sums, token_weights
 from lcprune.merging.remeasure import measure_activity
@@ -308,6 +308,11 @@ def test_refit_restores_the_mode_of_every_module():
 def test_ridge_refuses_what_it_cannot_do(field: str, value: object):
     with pytest.raises(InputError, match=field):
         RidgeRefit(**{field: value})  # type: ignore[arg-type]
+
+
+def test_key_beside_the_arguments_is_refused():
+    with pytest.raises(InputError, match=r"refit class_path='RidgeRefit' has 'layers' beside it, .* under init_args"):
+        from_spec({"class_path": "RidgeRefit", "layers": "merged"})
 
 
 def test_ridge_needs_two_sequences_to_choose_a_strength_and_says_so_before_anything_is_merged():
