@@ -73,10 +73,11 @@ class RidgeRefit(Refit):
             wrong.append(f"layers={self.layers!r} must be merged or after")
         if self.projections not in ("mlp", "both"):
             wrong.append(f"projections={self.projections!r} must be mlp or both")
-        if not self.strengths or not min(self.strengths) > 0:
-            wrong.append(f"strengths={self.strengths} must be one or more numbers above 0")
-        if not 0 < self.held_out < 1:
-            wrong.append(f"held_out={self.held_out} must lie between 0 and 1")
+        listed = isinstance(self.strengths, list | tuple) and len(self.strengths) > 0
+        if not listed or not all(_is_between(strength, 0, sys.float_info.max) for strength in self.strengths):
+            wrong.append(f"strengths={self.strengths!r} must be a list of one or more numbers above 0")
+        if not _is_between(self.held_out, 0, 1):
+            wrong.append(f"held_out={self.held_out!r} must be a number between 0 and 1")
         if wrong:
             raise InputError(f"RidgeRefit: {'; '.join(wrong)}.")
 
@@ -190,6 +191,11 @@ class RidgeRefit(Refit):
             assert seen.mlp is not None
             fit.see(index, seen.mlp, target, seen.output_BTD)
         fit.solve()
+
+
+def _is_between(value: object, low: float, high: float) -> bool:
+    """Whether it is a number, which what comes from a plan need not be, and between these."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low < value < high
 
 
 def _pass(teacher: Stream, ancestors: Sequence[nn.Module], index: int) -> list[Tensor | None]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from math import inf, nan
 
 import pytest
 import torch
@@ -303,10 +304,19 @@ def test_refit_restores_the_mode_of_every_module():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("layers", "all"), ("projections", "attention"), ("strengths", []), ("strengths", [0.0]), ("held_out", 1.0)],
+    [
+        ("layers", "all"),
+        ("layers", ["after"]),
+        ("projections", "attention"),
+        *(
+            ("strengths", wrong)
+            for wrong in ([], [0.0], "abc", 5, None, [None], ["1"], [inf], [nan], [10**400], [True], {"1": 2})
+        ),
+        *(("held_out", wrong) for wrong in (1.0, 0, "x", None, True, nan)),
+    ],
 )
 def test_ridge_refuses_what_it_cannot_do(field: str, value: object):
-    with pytest.raises(InputError, match=field):
+    with pytest.raises(InputError, match=f"^RidgeRefit: {field}="):
         RidgeRefit(**{field: value})  # type: ignore[arg-type]
 
 
