@@ -16,6 +16,7 @@ from lcprune.errors import InputError
 from lcprune.files import check_file, write_text
 from lcprune.merging import collapse
 from lcprune.merging.activity import KnownActivity
+from lcprune.merging.budget import on_meta
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import from_spec
 
@@ -60,6 +61,8 @@ def _collapse(arguments: list[str]) -> None:
     name = demo.public_name(cli.model.teacher_name)
     if given is not None and given.teacher not in ("", name):
         raise InputError(f"--plan {own.plan} was made for {given.teacher!r}, model.teacher is {name!r}: name that one.")
+    if given is not None:
+        collapse.check_plan(on_meta(cli.model.teacher_config), given)
     goal = budgets.goal(budget, cli) if given is None else None
     if own.stream:
         streaming.collapse(own, cli, given, goal)

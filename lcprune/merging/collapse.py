@@ -104,6 +104,23 @@ def check(model: PreTrainedModel, budget: Budget, planner: Planner, operator: Op
         refit.check(layout)
 
 
+def check_plan(model: PreTrainedModel, history: MergeHistory) -> None:
+    """Refuses a plan that shapes alone show not to fit: a model on the meta device will do.
+
+    Raises:
+        InputError: The plan is for a model of another depth, or an operator or refit of it does not exist, does not
+            take its arguments or does not fit the family.
+    """
+    layout = layout_of(model.config)
+    depth = len(layout.layers_of(model))
+    if history.teacher_depth != depth:
+        raise InputError(f"teacher_depth={history.teacher_depth} of the plan is not the model's, which is {depth}.")
+    for step in history.steps:
+        from_spec(step.operator).check(layout)
+        if step.refit is not None:
+            refits.from_spec(step.refit).check(layout)
+
+
 def execute(
     model: PreTrainedModel,
     history: MergeHistory,
@@ -124,21 +141,16 @@ def execute(
             fit the family, or needs batches where there are none.
     """
     batches = tuple(batches)
-    calibration = Calibration(model, batches or ({},))
-    depth = calibration.depth
-    if history.teacher_depth != depth:
-        raise InputError(f"teacher_depth={history.teacher_depth} of the plan is not the model's, which is {depth}.")
+    check_plan(model, history)
+    depth = history.teacher_depth
     for operator in (from_spec(step.operator) for step in history.steps):
-        operator.check(calibration.layout)
         if operator.needs_activity and not batches:
             raise InputError(f"operator {type(operator).__name__} of the plan needs text: give calibration batches.")
     repairs = [number for number, step in enumerate(history.steps) if step.refit is not None]
     for number in repairs:
         if not batches:
             raise InputError("The plan refits the merged model, which needs text: give calibration batches.")
-        refit = refits.from_spec(history.steps[number].refit or {})
-        refit.check(calibration.layout)
-        refit.check_text(batches)
+        refits.from_spec(history.steps[number].refit or {}).check_text(batches)
     teacher = surgery.second_view(model) if repairs else None
     trail = Trail(model, batches) if batches else None
     done = repaired = MergeHistory(depth)

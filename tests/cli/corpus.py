@@ -294,6 +294,24 @@ PLANS: dict[str, tuple[str, Parts]] = {
         _plan({"group": [1, 2], "operator": {"class_path": "os.system", "init_args": {"command": "ls"}}}),
         ("'os.system' is not an operator", "known are"),
     ),
+    "argument beside the arguments": (
+        _plan({"group": [1, 2], "operator": {"class_path": "Drop", "keep": "last"}}),
+        ("'keep' beside it", "under init_args"),
+    ),
+    "unknown refit": (
+        _plan({"group": [1, 2], "operator": _DROP, "refit": {"class_path": "Rigde"}}),
+        ("'Rigde' is not a refit", "RidgeRefit"),
+    ),
+    "refit of words": (
+        _plan(
+            {
+                "group": [1, 2],
+                "operator": _DROP,
+                "refit": {"class_path": "RidgeRefit", "init_args": {"strengths": ["strong"]}},
+            }
+        ),
+        ("strengths=['strong']", "numbers above 0"),
+    ),
     "another model's depth": (_plan(teacher_depth=7), ("teacher_depth=7", "6")),
     "another model": (_plan(teacher="somebody/else"), ("somebody/else", "name that one")),
     "changed by hand": (_plan(sha256="0" * 64), ("sha256 differs", "delete the entry")),

@@ -142,10 +142,11 @@ def test_model_that_cannot_be_shortened_is_refused_before_weights_are_loaded(
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_plan_that_cannot_be_executed_is_refused(
-    name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_plan_that_cannot_be_executed_is_refused_before_weights_are_loaded(
+    name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     text, expected = PLANS[name]
+    monkeypatch.setattr("lcprune.cli.options.load", _never)
     (tmp_path / "plan.json").write_text(text)
     config = write(tmp_path, recipe(tiny_folder, text_file(tmp_path), tmp_path / "run"))
     plan, out = str(tmp_path / "plan.json"), tmp_path / "short"
