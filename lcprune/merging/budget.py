@@ -14,7 +14,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import ceil, inf, isfinite
 
 import torch
 from torch import Tensor
@@ -222,10 +222,10 @@ class _Weights:
 
 
 def _parsed(name: str, given: int | float | str, units: Mapping[str, int], example: str) -> int:
-    match = re.fullmatch(r"\s*(\d[\d_]*\.?\d*(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(given))
+    match = re.fullmatch(r"\s*(\d+(?:_\d+)*\.?\d*(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", str(given))
     by_name = {unit.upper(): factor for unit, factor in {"": 1, **units}.items()}
     factor = by_name.get(match[2].upper()) if match else None
-    if match is None or factor is None or isinstance(given, bool) or not float(match[1]) * factor >= 1:
+    if match is None or factor is None or isinstance(given, bool) or not 1 <= float(match[1]) * factor < inf:
         allowed = ", ".join(unit for unit in units if unit)
         raise InputError(f"{name}={given} must be a number above 0, alone or with {allowed} behind it, like {example}.")
     return int(float(match[1]) * factor)

@@ -105,7 +105,12 @@ def test_sizes_are_read_with_their_units(given: int | float | str, equal: int):
     assert Size(given).depth(model) == Size(equal).depth(model)
 
 
-@pytest.mark.parametrize("given", ["abc", "-5M", -5, 0, "0", "100Q", "100MB", "", "nan", "1e", "M", "1,5M", True, 0.5])
+UNREAD = ("1_", "1_M", "1__0K", "1_.5M", "_1", "1e999", "1e305T", 10**400)
+
+
+@pytest.mark.parametrize(
+    "given", ["abc", "-5M", -5, 0, "0", "100Q", "100MB", "", "nan", "1e", "M", "1,5M", True, 0.5, *UNREAD]
+)
 def test_amount_of_parameters_that_means_nothing_is_refused(given: int | float | str):
     with pytest.raises(
         InputError, match=r"target_params=.* must be a number above 0.* K, M, B, T behind it, like 100M"
