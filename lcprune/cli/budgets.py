@@ -70,9 +70,15 @@ class Goal:
         return self.budget.max_perplexity_ratio if isinstance(self.budget, PerplexityRatio) else None
 
     def check_reached(self, planner: Planner, plan: MergeHistory) -> None:
-        """Raises InputError if the planner has stopped above the budget."""
+        """Raises InputError if the planner has stopped above the budget, or before it has merged anything."""
         if self.depth is not None:
             self.budget.check_reached(planner, plan.depth, self.depth)
+        if not plan.steps:
+            raise InputError(
+                f"{planner} merges nothing here, and the model itself is no student: loosen what it keeps to (of "
+                "ThresholdPlanner, lower threshold or layers_per_merge), or choose a planner that goes on to any depth "
+                "(OneShotRanking, GreedyPlanner)."
+            )
 
 
 def asked(own: argparse.Namespace) -> Budget | None:

@@ -63,6 +63,8 @@ def _collapse(arguments: list[str]) -> None:
         raise InputError(f"--plan {own.plan} was made for {given.teacher!r}, model.teacher is {name!r}: name that one.")
     if given is not None:
         collapse.check_plan(on_meta(cli.model.teacher_config), given)
+        if not given.steps:
+            raise InputError(f"--plan {own.plan} merges nothing: give it steps, or leave --plan out to have one made.")
     goal = budgets.goal(budget, cli) if given is None else None
     if own.stream:
         streaming.collapse(own, cli, given, goal)

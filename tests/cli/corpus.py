@@ -313,6 +313,7 @@ PLANS: dict[str, tuple[str, Parts]] = {
         ("strengths=['strong']", "numbers above 0"),
     ),
     "another model's depth": (_plan(teacher_depth=7), ("teacher_depth=7", "6")),
+    "no merges": (_plan(), ("plan.json merges nothing", "give it steps")),
     "another model": (_plan(teacher="somebody/else"), ("somebody/else", "name that one")),
     "changed by hand": (_plan(sha256="0" * 64), ("sha256 differs", "delete the entry")),
 }

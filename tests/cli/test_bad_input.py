@@ -141,16 +141,23 @@ def test_model_that_cannot_be_shortened_is_refused_before_weights_are_loaded(
     assert not (tmp_path / "short").exists()
 
 
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
 @pytest.mark.parametrize("name", PLANS)
 def test_plan_that_cannot_be_executed_is_refused_before_weights_are_loaded(
-    name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    flags: list[str],
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     text, expected = PLANS[name]
-    monkeypatch.setattr("lcprune.cli.options.load", _never)
+    for loads in ("lcprune.cli.options.load", "lcprune.cli.streaming.StoredModel"):
+        monkeypatch.setattr(loads, _never)
     (tmp_path / "plan.json").write_text(text)
     config = write(tmp_path, recipe(tiny_folder, text_file(tmp_path), tmp_path / "run"))
     plan, out = str(tmp_path / "plan.json"), tmp_path / "short"
-    assert main(["collapse", "--config", str(config), "--plan", plan, "--out", str(out)]) == 2
+    assert main(["collapse", "--config", str(config), "--plan", plan, "--out", str(out), *flags]) == 2
     assert_says(capsys, expected)
     assert not out.exists()
 

@@ -194,3 +194,18 @@ def test_planner_that_stops_above_the_budget_is_refused(
     assert collapse("--target-params", "45K", *flags, collapse__planner=groups) == 2
     assert "takes 4 layers, and FixedPlan" in capsys.readouterr().err
     assert not (tmp_path / "short").exists()
+
+
+@pytest.mark.parametrize("budget", [(), ("--target-depth", "3"), RATIO, ("--plan-only",)])
+@pytest.mark.parametrize("settings", [{"threshold": 1.0, "layers_per_merge": 2}, {"layers_per_merge": 9}])
+def test_planner_that_merges_nothing_is_refused(
+    settings: dict[str, float],
+    budget: tuple[str, ...],
+    collapse: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    planner = {"class_path": "lcprune.merging.planners.ThresholdPlanner", "init_args": settings}
+    assert collapse(*budget, collapse__planner=planner) == 2
+    assert "merges nothing here, and the model itself is no student: loosen" in capsys.readouterr().err
+    assert not (tmp_path / "short").exists()
