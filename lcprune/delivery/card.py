@@ -6,7 +6,7 @@ recipe and the figures; it states nothing that nobody measured. `lcprune evaluat
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import yaml
 
@@ -132,7 +132,7 @@ def _front_matter(history: MergeHistory, license: str | None) -> str:
     trained = any(step.global_step is not None for step in history.steps)
     fields: dict[str, object] = {"license": license or "unknown"}
     # The hub refuses a base_model that is not one of its names, and a local path is nobody else's business.
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", history.teacher):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", history.teacher) and not Path(history.teacher).exists():
         fields["base_model"] = history.teacher
     fields |= {
         "library_name": "transformers",

@@ -1,5 +1,7 @@
 """The model card says what the history says, in a front matter that YAML reads."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -41,6 +43,12 @@ def test_card_states_the_licence(license: str | None, field: str, text: str):
 )
 def test_card_gives_the_hub_a_base_model_only_where_it_knows_one(teacher: str, base_model: str | None):
     assert _front_matter(model_card(_history("Drop", teacher=teacher), figures={})).get("base_model") == base_model
+
+
+def test_card_does_not_take_a_folder_for_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in _front_matter(model_card(_history("Drop", teacher="models/tiny"), figures={}))
 
 
 @pytest.mark.parametrize(("global_step", "distilled"), [(0, True), (None, False)])
