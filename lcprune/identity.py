@@ -18,11 +18,12 @@ CHECKSUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\]*\.safetensors)")  # * where sha256sum read it as binary
 _HISTORY = "history.json"  # as in merging/lineage.py, which lies above
 _DECIDING = {".json", ".safetensors", ".bin", ".model", ".txt"}  # weights, config and tokenizer; no README
+_ACCOUNTS = {_HISTORY, "evaluation.json", "figures.json", "scores.json"}  # what lcprune writes about a model
 
 
 def content_of(model: str) -> str:
     """The hash of everything in a model's folder that decides what it says; a hub model's name and commit."""
-    return _content_of(model, lambda file: file.suffix in _DECIDING)
+    return _content_of(model, lambda file: file.suffix in _DECIDING and file.name not in _ACCOUNTS)
 
 
 def weights_of(model: str) -> str:

@@ -49,6 +49,14 @@ def test_weights_and_config_decide_and_nothing_else_does(tmp_path: Path):
     assert identity.weights_of(str(one)) != identity.weights_of(str(reweighed))
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "figures.json", "history.json", "scores.json"])
+def test_what_is_written_about_a_model_does_not_make_it_another(name: str, tmp_path: Path):
+    model = save_tiny(tmp_path, tiny_llama(1))
+    before = identity.content_of(str(model))
+    (model / name).write_text("{}", encoding="utf-8")
+    assert identity.content_of(str(model)) == before
+
+
 def test_vocabulary_is_what_the_ids_stand_for(tmp_path: Path):
     one, other = (save_tiny(tmp_path / name, tiny_llama(1)) for name in ("one", "other"))
     assert identity.vocabulary_of(str(one)) == identity.vocabulary_of(str(other))
