@@ -97,18 +97,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-def left_behind(folder: Path, name: str) -> list[Path]:
+def left_behind(folder: Path, name: str, mark: str = PARTIAL) -> list[Path]:
     """Partial files and folders that killed processes left.
 
     Args:
         folder: Where to look.
         name: Of what they were to become; may be a pattern such as `*.ckpt`.
+        mark: What stands between that name and the number of the process.
     """
-    return [path for path in folder.glob(f".{name}{PARTIAL}*") if _is_left(path)]
+    return [path for path in folder.glob(f".{name}{mark}*") if _is_left(path, mark)]
 
 
-def _is_left(path: Path) -> bool:
-    writer = path.name.rpartition(PARTIAL)[2]
+def _is_left(path: Path, mark: str) -> bool:
+    writer = path.name.rpartition(mark)[2]
     # On a disk that machines share, a process of another one may be writing: then the file is fresh.
     return writer.isdecimal() and not _runs(int(writer)) and time.time() - path.stat().st_mtime > LEFT_ALONE
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lcprune.delivery.card import model_card
 from lcprune.demo import load_tokenizer
 from lcprune.errors import DiskError, InputError, RunError
-from lcprune.files import check_place, left_behind
+from lcprune.files import PARTIAL, check_place, left_behind
 from lcprune.identity import write_checksums
 from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import HISTORY, MergeHistory
@@ -31,6 +31,8 @@ from lcprune.merging.streaming import stored_tensors
 from lcprune.weights import size_of
 
 RECIPE = "recipe.yaml"
+REPLACED = ".old-"
+"""Between the hidden name of an earlier export and the number of the process that puts another in its place."""
 PROOF_SHAPE = (2, 32)
 """Batch and length of the token ids on which student and reloaded folder must agree."""
 TOLERANCE_IN_ULPS = 8
@@ -152,7 +154,7 @@ def _replacing(out: Path) -> Iterator[Path]:
     """A new folder, put at `out` when the block ends well; else nothing has happened."""
     check_target(out)
     out = out.resolve()
-    folder = _beside(out, "tmp")
+    folder = _beside(out, PARTIAL)
     try:
         for left in (folder, *left_behind(out.parent, out.name)):  # a killed process may have had our number
             shutil.rmtree(left, ignore_errors=True)
@@ -188,9 +190,9 @@ def _is_replaceable(out: Path) -> bool:
     return out.is_dir() and (not any(out.iterdir()) or all((out / name).is_file() for name in (HISTORY, "config.json")))
 
 
-def _beside(out: Path, role: str) -> Path:
+def _beside(out: Path, mark: str) -> Path:
     """A hidden sibling of `out`: the same disk, so that a rename is one indivisible act."""
-    return out.with_name(f".{out.name}.{role}-{os.getpid()}")
+    return out.with_name(f".{out.name}{mark}{os.getpid()}")
 
 
 def _write_account(
@@ -287,8 +289,8 @@ def _differing_buffers(student: PreTrainedModel, reloaded: PreTrainedModel) -> s
 
 
 def _put_in_place(folder: Path, out: Path) -> None:
-    """Two renames; a kill between them leaves both exports whole, under their hidden names."""
-    old = _beside(out, "old")
+    """Two renames; a kill between them leaves both exports whole, under their hidden names, until the next is there."""
+    old = _beside(out, REPLACED)
     replaces = out.exists()
     if replaces:
         shutil.rmtree(old, ignore_errors=True)
@@ -299,7 +301,8 @@ def _put_in_place(folder: Path, out: Path) -> None:
         if replaces:
             old.rename(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    for left in (old, *left_behind(out.parent, out.name, REPLACED)):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _cannot_write(out: Path, error: OSError | SafetensorError) -> DiskError:

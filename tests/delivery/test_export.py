@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lcprune.delivery import export as delivery
 from lcprune.delivery.export import check_target, export
-from lcprune.errors import DiskError, InputError
+from lcprune.errors import DiskError, InputError, RunError
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.weights import size_of
 from tests.builders import FAMILIES, Family, tiny_llama, tiny_tokenizer, token_batches
@@ -196,17 +196,29 @@ def test_export_that_the_disk_refuses_leaves_everything_as_it_was(
     assert not any(tmp_path.iterdir())
 
 
-def test_export_takes_away_what_a_killed_one_left(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+@pytest.mark.parametrize("mark", ["tmp", "old"])
+def test_export_takes_away_what_a_killed_one_left(mark: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for name, age in (("short", 100), ("short", 0), ("other", 100)):
-        left = tmp_path / f".{name}.tmp-{gone.pid if age else os.getppid()}"
+        left = tmp_path / f".{name}.{mark}-{gone.pid if age else os.getppid()}"
         left.mkdir()
         (left / "model.safetensors").write_bytes(b"half")
         os.utime(left, (time.time() - age,) * 2)
     export(tiny_llama(4), tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
-    kept = {"short", f".short.tmp-{os.getppid()}", f".other.tmp-{gone.pid}"}
+    kept = {"short", f".short.{mark}-{os.getppid()}", f".other.{mark}-{gone.pid}"}
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_export_that_fails_leaves_what_a_killed_one_replaced(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    replaced = tmp_path / f".short.old-{gone.pid}"
+    replaced.mkdir()
+    os.utime(replaced, (0, 0))
+    with pytest.raises(RunError):
+        export(_diverged(tiny_llama(4)), tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
+    assert replaced.is_dir()
 
 
 def test_export_puts_the_earlier_one_back_when_the_rename_fails(
