@@ -1,21 +1,25 @@
 """What the README shows can be typed: its commands parse, its Python runs (on a tiny model), its files exist."""
 
+import math
 import re
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch import Callback, Trainer
 from transformers import PreTrainedModel
 
+from lcprune import DistillationModule, TextDataModule
 from lcprune.cli import HOMES, main
 from lcprune.cli.training import RecipeCLI
 from lcprune.distillation import checkpoint
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import from_spec, spec_of
-from tests.builders import tiny_llama
+from tests.builders import save_tiny, tiny_llama
 from tests.cli.recipe import text_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,8 +62,6 @@ def test_readme_has_the_commands_and_blocks_that_these_tests_look_at():
 def test_python_of_the_readme_runs(
     block: str, here: Path, tiny_llama: Callable[..., PreTrainedModel], tiny_tokenizer: object
 ):
-    from tests.builders import save_tiny
-
     save_tiny(here / "my-model", tiny_llama(24))
     small = block.replace('path="my.jsonl"', 'path="my.jsonl", block_size=32')
     for long, short in {"max_steps=200": "max_steps=42", "steps=200": "steps=2"}.items():
@@ -84,6 +86,25 @@ def test_operator_of_the_readme_merges(monkeypatch: pytest.MonkeyPatch):
     assert len(model.model.layers) == 3
     for name, merged in model.model.layers[1].named_parameters():
         assert merged.equal(last[name] if "layernorm" in name else base[name])
+
+
+@pytest.mark.filterwarnings("ignore:The .* does not have many workers")
+def test_term_of_the_readme_is_added_to_the_loss(here: Path):
+    namespace: dict[str, Any] = {"__name__": "tests.test_readme"}
+    exec(compile(next(block for block in PYTHON if "class WithZLoss" in block), "README.md", "exec"), namespace)
+    save_tiny(here / "my-model", tiny_llama(4))
+    losses: list[float] = []
+
+    class Loss(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: object, outputs: Any, *others: object) -> None:
+            losses.append(outputs["loss"].item())
+
+    for kind in (DistillationModule, namespace["WithZLoss"]):
+        trainer = Trainer(max_steps=1, logger=False, enable_checkpointing=False, callbacks=[Loss()], accelerator="cpu")
+        trainer.fit(kind(teacher="my-model"), TextDataModule(tokenizer="my-model", path="my.jsonl", block_size=32))
+    plain, added = losses
+    assert plain == pytest.approx(0, abs=1e-5)  # the student is the teacher as yet
+    assert 1e-4 * math.log(tiny_llama(4).config.vocab_size) ** 2 * 0.5 < added < 1
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:recipes|tests|notebooks|lcprune)/[\w./]+\w)`", README))))
