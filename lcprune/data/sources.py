@@ -45,9 +45,7 @@ def read_file(field: str, path: Path, columns: Columns) -> Documents:
             text = path.read_text(encoding="utf-8")
         else:
             data = load_dataset(_BUILDERS[kind], data_files=escape(str(path)), split="train")
-            rows = {name: data[name] for name in data.column_names}
-    if kind != ".txt":
-        return documents_of(rows, columns, source)
+            return documents_of({name: data[name] for name in data.column_names}, columns, source)
     if not text.strip():
         raise InputError(f"{source} is blank: give a file with text.")
     return Documents("text", [text], columns=(columns.text,))
@@ -75,7 +73,7 @@ def read_hub(name: str, config: str | None, split: str, columns: Columns) -> Doc
     source = f"data.dataset={name!r} (data.dataset_config={config!r}, data.split={split!r})"
     with _explained(source, "check these three and the network, or name a local file with data.path"):
         data = load_dataset(name, config, split=split)
-    return documents_of({column: data[column] for column in data.column_names}, columns, source)
+        return documents_of({column: data[column] for column in data.column_names}, columns, source)
 
 
 def stream_file(path: Path) -> Callable[[int], Iterator[dict[str, object]]]:
@@ -108,6 +106,8 @@ def _explained(source: str, way_out: str) -> Iterator[None]:
 
     try:
         yield
+    except InputError:  # rows are decoded where their columns are looked through
+        raise
     except (OSError, ValueError, DatasetsError, StopIteration) as error:  # StopIteration: a file without a single row
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer sentences say nothing

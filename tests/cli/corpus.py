@@ -167,6 +167,12 @@ DATA: dict[str, tuple[str, bytes, dict[str, object], Parts]] = {
     "unknown kind of file": ("x.docx", b"x", {}, ("'.docx'", ".jsonl, .json, .csv, .parquet, .txt", "convert")),
     "no JSON": ("x.jsonl", b'{"text": \n', {}, ("could not be read", "really is jsonl")),
     "no Parquet": ("x.parquet", b"PAR1garbage", {}, ("could not be read", "really is parquet")),
+    "rows that are no UTF-8": (
+        "x.jsonl",
+        '{"text": "für alle"}\n'.encode("latin-1") * 99,
+        {},
+        ("x.jsonl could not be read", "check that it really is jsonl in UTF-8"),
+    ),
     "no UTF-8": ("x.txt", b"\xe4\xf6\xfc" * 99, {}, ("could not be read", "UTF-8")),
     "numbers for text": ("x.jsonl", b'{"text": 3}\n' * 9, {}, ("data.text_column='text'", "int values", "strings")),
     "lists for text": ("x.jsonl", b'{"text": ["a"]}\n' * 9, {}, ("data.text_column='text'", "list values", "strings")),
