@@ -141,10 +141,11 @@ def distill(
         raise InputError(f"collapse={collapse!r} is no ProgressiveCollapse: write ProgressiveCollapse({collapse!r}).")
     if isinstance(objective, Level):
         objective = [objective]
-    if not isinstance(teacher, str) and not teacher.config.name_or_path and not isinstance(text, TextDataModule):
+    unnamed = not isinstance(text, TextDataModule) or text.named_tokenizer is None
+    if not isinstance(teacher, str) and not teacher.config.name_or_path and unnamed:
         raise InputError(
-            f"text={str(text)!r} is to be read with the tokenizer of a teacher that has no name: give "
-            "TextDataModule(tokenizer=NAME, path=...) as text."
+            "text is to be read with the tokenizer of a teacher that has no name: give TextDataModule(tokenizer=NAME, "
+            "path=...) as text."
         )
     module = _module(student, teacher, history, _Learning(objective, steps, learning_rate))
     source = (

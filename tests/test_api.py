@@ -11,7 +11,7 @@ import lcprune
 from lcprune import BlockInfluence, Evenly, InputError, MergeHistory, ProgressiveCollapse, TextDataModule
 from lcprune.delivery.export import export
 from lcprune.merging.lineage import HISTORY
-from tests.builders import tiny_llama, tiny_tokenizer
+from tests.builders import save_tiny, tiny_llama, tiny_tokenizer
 from tests.cli.recipe import text_file
 from tests.distillation.runs import equal, weights_of
 
@@ -170,3 +170,36 @@ def test_history_is_found_in_a_folder_a_run_and_a_file(place: str, tmp_path: Pat
 def test_history_that_is_not_there_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"holds no history\.json: name a folder"):
         lcprune.load_history(tmp_path)
+
+
+def test_text_without_a_tokenizer_is_read_with_the_teachers(text: TextDataModule, tmp_path: Path):
+    unnamed = TextDataModule(path=text_file(tmp_path), block_size=32, batch_size=2)
+    lcprune.distill(text.tokenizer, text.tokenizer, unnamed, steps=1)
+    assert unnamed.tokenizer == text.tokenizer
+    pairs = zip(unnamed.calibration_batches(), text.calibration_batches(), strict=True)
+    assert all(one["input_ids"].equal(other["input_ids"]) for one, other in pairs)
+
+
+def test_text_in_the_tokens_of_another_vocabulary_is_refused_before_weights_are_loaded(
+    text: TextDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lcprune.distillation.resumable.load_pair", lambda *args: pytest.fail("weights were loaded"))
+    another = tiny_tokenizer()
+    another.add_tokens(["<another>"])
+    another.save_pretrained(save_tiny(tmp_path / "other"))
+    other = TextDataModule(tokenizer=str(tmp_path / "other"), path=text_file(tmp_path), block_size=32, batch_size=2)
+    with pytest.raises(InputError, match="other' has another vocabulary than the teacher"):
+        lcprune.distill(text.tokenizer, text.tokenizer, other, steps=1)
+
+
+def test_tokenizer_of_the_same_vocabulary_in_another_folder_is_the_teachers(text: TextDataModule, tmp_path: Path):
+    folder = str(save_tiny(tmp_path / "same"))
+    same = TextDataModule(tokenizer=folder, path=text_file(tmp_path), block_size=32, batch_size=2)
+    assert lcprune.distill(text.tokenizer, text.tokenizer, same, steps=1)[1].depth == 6
+
+
+def test_teacher_in_memory_without_a_name_needs_the_name_of_a_tokenizer(text: TextDataModule, tmp_path: Path):
+    model, history = shortened(text)
+    for unnamed in (TextDataModule(path=text_file(tmp_path)), text_file(tmp_path)):
+        with pytest.raises(InputError, match=r"a teacher that has no name: give TextDataModule\(tokenizer=NAME"):
+            lcprune.distill(model, tiny_llama(), unnamed, history=history)

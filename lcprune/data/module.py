@@ -14,6 +14,7 @@ arrives at the same blocks.
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -39,11 +40,20 @@ WINDOW = 10_000
 """Rows of a stream in memory at a time, unless the user says otherwise."""
 
 
+@runtime_checkable
+class Taught(Protocol):
+    """A Lightning module that is taught by a model."""
+
+    teacher_name: str
+    """The model's."""
+
+
 class TextDataModule(L.LightningDataModule):
     """Text or chat from a local file, a HF data set, the teacher or Python's own language reference, in blocks.
 
     Args:
-        tokenizer: Model whose tokenizer is used: a local folder, a hub name or demo:smollm2.
+        tokenizer: Model whose tokenizer is used: a local folder, a hub name or demo:smollm2. Default: the teacher of
+            what the trainer trains; where there is none yet, demo:smollm2.
         path: A local .jsonl, .json, .csv, .parquet or .txt file (one document a row; a .txt file is one document).
             Without path, dataset and generate, the text is the language reference inside Python (pydoc_data.topics).
         validation_path: A file of the same kinds with the validation text; without it a part of the text is held out.
@@ -80,7 +90,7 @@ class TextDataModule(L.LightningDataModule):
     def __init__(
         self,
         *,
-        tokenizer: str = DEMO,
+        tokenizer: str | None = None,
         path: Path | None = None,
         validation_path: Path | None = None,
         dataset: str | None = None,
@@ -106,9 +116,8 @@ class TextDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.named_tokenizer = tokenizer
         self.origin = Origin(
-            teacher=tokenizer,
             path=None if path is None else Path(path).expanduser(),
             validation_path=None if validation_path is None else Path(validation_path).expanduser(),
             dataset=dataset,
@@ -131,21 +140,35 @@ class TextDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._blocks: dict[str, Blocks] = {}  # "training" and "validation", once set up
+        self._read_by: str | None = None  # whose tokens they are
         if mistakes := [*self.origin.mistakes(), *self._mistakes()]:
             raise InputError("; ".join(mistakes) + ".")
+
+    @property
+    def tokenizer(self) -> str:
+        """The model whose tokenizer is used."""
+        return self.named_tokenizer or self._teacher or DEMO
+
+    @property
+    def _teacher(self) -> str | None:
+        """Of what the trainer trains; None where there is none."""
+        taught = None if self.trainer is None else self.trainer.lightning_module
+        return taught.teacher_name if isinstance(taught, Taught) else None
 
     def prepare_data(self) -> None:
         """Fetches what comes from the hub, unpacks the demo model, lets the teacher write; once per machine."""
         load_tokenizer(self.tokenizer)
-        self.origin.fetch()
+        self.origin.fetch(self.tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, tokenises and packs; the second call does nothing, and every stage gets the same.
 
         Raises:
-            InputError: The text cannot be read, or is shorter than one block.
+            InputError: The text cannot be read, is shorter than one block, or its tokens are not the teacher's.
         """
+        self._check_tokenizer()
         if not self._blocks:
+            self._read_by = self.tokenizer
             both = self.pack(self.read())
             self._blocks = {part: done.blocks for part, done in both.items()}
             held_out = self._blocks["validation"]
@@ -160,7 +183,7 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             InputError: It cannot be read, or does not fit the settings.
         """
-        return corpus_of(self.origin.sources(), self.origin.held_out(), self._reading())
+        return corpus_of(self.origin.sources(self.tokenizer), self.origin.held_out(), self._reading())
 
     def pack(self, corpus: Corpus) -> dict[str, Packed]:
         """Both parts, `training` and `validation`, in blocks.
@@ -182,6 +205,22 @@ class TextDataModule(L.LightningDataModule):
         if self.origin.window is not None:
             return self._stream_loader()
         return self._loader(ResumableLoader, self._blocks["training"])
+
+    def _check_tokenizer(self) -> None:
+        """To another model the same numbers mean other words."""
+        used, teacher = self._read_by or self.tokenizer, self._teacher
+        if teacher is None or used == teacher:
+            return
+        ours = load_tokenizer(used).get_vocab()
+        try:
+            theirs = load_tokenizer(teacher).get_vocab()
+        except InputError:
+            return  # a teacher in memory, or one that was saved without
+        if ours != theirs:
+            raise InputError(
+                f"data.tokenizer={used!r} has another vocabulary than the teacher, {teacher!r}, to whom its tokens "
+                f"mean other words: set tokenizer={teacher!r} in TextDataModule."
+            )
 
     def _check_training_blocks(self) -> None:
         blocks, devices = len(self._blocks["training"]["input_ids"]), self._world[0]
@@ -321,7 +360,7 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def _mistakes(self) -> Iterator[str]:
-        if not self.tokenizer:
+        if self.named_tokenizer == "":
             yield "data.tokenizer is empty: name a local folder, a hub model or demo:smollm2"
         if self.chat_template is not None and not self.chat_template.is_file():
             yield f"data.chat_template={self.chat_template} is not a file: name one with a Jinja template"

@@ -21,8 +21,6 @@ LINEWISE = (".jsonl", ".csv", ".parquet")
 class Origin:
     """Of a file, a data set, the teacher, several sets, or the built-in text; one of them is named at most."""
 
-    teacher: str
-    """The model that writes, unless `generate` names another."""
     path: Path | None
     """A local file."""
     validation_path: Path | None
@@ -47,15 +45,18 @@ class Origin:
         """What a file or a data set is called in messages."""
         return str(self.path or self.dataset)
 
-    def fetch(self) -> None:
-        """Has everything on this machine that is read whole."""
+    def fetch(self, teacher: str) -> None:
+        """Has everything on this machine that is read whole; `teacher` as in `sources`."""
         if self.generate is not None:
-            text_file(self.generate, teacher=self.teacher, column=self.columns.text)
+            text_file(self.generate, teacher=teacher, column=self.columns.text)
         elif (self.dataset is not None or self.mixture is not None) and self.window is None:
-            self.sources()
+            self.sources(teacher)
 
-    def sources(self) -> list[Source]:
+    def sources(self, teacher: str) -> list[Source]:
         """The sets of documents; of a stream its first window.
+
+        Args:
+            teacher: The model that writes, unless `generate` names another.
 
         Raises:
             InputError: A set cannot be read, has no such columns, or nothing in them.
@@ -70,8 +71,8 @@ class Origin:
         if self.dataset is not None:
             return [Source(self.dataset, read_hub(self.dataset, self.dataset_config, self.split, self.columns))]
         if self.generate is not None:
-            path = text_file(self.generate, teacher=self.teacher, column=self.columns.text)
-            rank_zero_info(f"text written by {self.generate.model or self.teacher}: {path}")
+            path = text_file(self.generate, teacher=teacher, column=self.columns.text)
+            rank_zero_info(f"text written by {self.generate.model or teacher}: {path}")
             return [Source("data.generate", read_file("data.generate", path, Columns(COLUMN)))]
         from pydoc_data.topics import topics
 
