@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.pictures import Scores
+from lcprune.demo import name_of
 from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.given import GivenModels
 from lcprune.distillation.levels import Boundary, Level, Logits
@@ -28,6 +29,7 @@ from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine
 from lcprune.distillation.teacher import cast
 from lcprune.errors import InputError
+from lcprune.files import path_of
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.criteria import (
     AngularDistance,
@@ -104,7 +106,7 @@ def perplexity(model: PreTrainedModel, text: TextDataModule | Iterable[Batch]) -
 
 def distill(
     student: PreTrainedModel | str | Path,
-    teacher: PreTrainedModel | str,
+    teacher: PreTrainedModel | str | Path,
     text: TextDataModule | str | Path,
     *,
     history: MergeHistory | None = None,
@@ -142,15 +144,14 @@ def distill(
     if isinstance(objective, Level):
         objective = [objective]
     unnamed = not isinstance(text, TextDataModule) or text.named_tokenizer is None
-    if not isinstance(teacher, str) and not teacher.config.name_or_path and unnamed:
+    if isinstance(teacher, PreTrainedModel) and not teacher.config.name_or_path and unnamed:
         raise InputError(
             "text is to be read with the tokenizer of a teacher that has no name: give TextDataModule(tokenizer=NAME, "
             "path=...) as text."
         )
     module = _module(student, teacher, history, _Learning(objective, steps, learning_rate))
-    source = (
-        text if isinstance(text, TextDataModule) else TextDataModule(tokenizer=module.teacher_name, path=Path(text))
-    )
+    if not isinstance(text, TextDataModule):
+        text = TextDataModule(tokenizer=module.teacher_name, path=path_of("text", text))
     dtype = student.dtype if isinstance(student, PreTrainedModel) else torch.float32
     trainer = Trainer(
         max_steps=steps,
@@ -164,7 +165,7 @@ def distill(
         enable_model_summary=False,
         gradient_clip_val=1.0,
     )
-    trainer.fit(module, datamodule=source)
+    trainer.fit(module, datamodule=text)
     trained = module.student.to("cpu").eval()  # type: ignore[arg-type]
     cast(trained, dtype)
     return trained, module.history
@@ -211,7 +212,7 @@ class _Learning:
 
 def _module(
     student: PreTrainedModel | str | Path,
-    teacher: PreTrainedModel | str,
+    teacher: PreTrainedModel | str | Path,
     history: MergeHistory | None,
     learning: _Learning,
 ) -> DistillationModule:
@@ -224,16 +225,17 @@ def _module(
             optimizer=learning.optimizer,
             lr_scheduler=learning.lr_scheduler,
         )
-    if not isinstance(teacher, str):
+    if isinstance(teacher, PreTrainedModel):
         raise InputError(
             f"student={str(student)!r} is a name and the teacher a model in memory: give both as names, or load the "
             "student with AutoModelForCausalLM.from_pretrained."
         )
     if history is not None:
         raise InputError(f"student={str(student)!r} brings its own history: leave history out.")
+    name, folder = name_of("teacher", teacher), path_of("student", student)
     return DistillationModule(
-        teacher=teacher,
-        student=None if str(student) == teacher else Path(student),
+        teacher=name,
+        student=None if name in (str(student), str(folder)) else folder,
         objective=learning.objective,
         optimizer=learning.optimizer,
         lr_scheduler=learning.lr_scheduler,

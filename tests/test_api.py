@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import lcprune
 from lcprune import BlockInfluence, Evenly, InputError, MergeHistory, ProgressiveCollapse, TextDataModule
 from lcprune.delivery.export import export
+from lcprune.distillation.module import DistillationModule
 from lcprune.merging.lineage import HISTORY
 from tests.builders import save_tiny, tiny_llama, tiny_tokenizer
 from tests.cli.recipe import text_file
@@ -156,6 +157,35 @@ def test_distill_refuses_what_does_not_fit(
 ):
     with pytest.raises(InputError, match=words):
         call(text.tokenizer, text)
+
+
+def test_paths_name_models_and_texts_as_strings_do(text: TextDataModule, tmp_path: Path):
+    folder = Path(text.tokenizer)
+    student = DistillationModule(teacher=folder, student=str(tmp_path))
+    assert (student.teacher_name, student.student_folder) == (str(folder), tmp_path)
+    assert TextDataModule(tokenizer=folder, path=str(text_file(tmp_path))).tokenizer == str(folder)
+    model, history = shortened(text)
+    for given in (folder, model):
+        _, after = lcprune.distill(given, folder, text, history=history if given is model else None, steps=1)
+        assert after.teacher == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: DistillationModule(teacher=tiny_llama()), "model.teacher=<LlamaForCausalLM> must be text or a path"),  # type: ignore[arg-type]
+        (lambda: DistillationModule(student=3), "model.student=3 must be text or a path"),  # type: ignore[arg-type]
+        (lambda: TextDataModule(tokenizer=tiny_tokenizer()), "data.tokenizer=<.*> must be text or a path"),  # type: ignore[arg-type]
+        (lambda: TextDataModule(path=3), "data.path=3 must be text or a path"),  # type: ignore[arg-type]
+        (lambda: TextDataModule(chat_template=["a"]), r"data.chat_template=\['a'\] must be text or a path"),  # type: ignore[arg-type]
+        (lambda: lcprune.distill(3, "t", "my.txt"), "student=3 must be text or a path"),  # type: ignore[arg-type]
+        (lambda: lcprune.distill("s", ["t"], "my.txt"), r"teacher=\['t'\] must be text or a path"),  # type: ignore[arg-type]
+        (lambda: lcprune.distill("s", "t", 3), "text=3 must be text or a path"),  # type: ignore[arg-type]
+    ],
+)
+def test_value_that_is_no_name_is_refused_where_it_is_given(call: Callable[[], object], words: str):
+    with pytest.raises(InputError, match=words):
+        call()
 
 
 @pytest.mark.parametrize("place", ["short", "run", f"short/{HISTORY}"])

@@ -151,6 +151,7 @@ def _causes(message: str) -> list[str]:
         re.sub(r"\s+", " ", line).strip(" -") for line in re.sub(r'Parser key "[\w.]+":', "", message).splitlines()
     ]
     lines = [re.sub(r"^Type .* expects a function or a callable class: ", "", line) for line in lines]
+    lines = [re.sub(r"^Not of type Path: .*", "Expected a <class 'pathlib.Path'>", line) for line in lines]
     lines = [line.partition(". Got value: Namespace(")[0] for line in lines]
     return [line for line in lines if line and not line.startswith(skipped)]
 
@@ -160,7 +161,7 @@ def plain(kind: str) -> str:
     if match := re.match(r"typing\.Literal\[(.*)\]", kind):
         return "one of " + match[1].replace("'", "")
     if match := re.match(r"<class '(?:\w+\.)*(\w+)'>", kind):
-        names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+        names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "Path": "a path"}
         return names.get(match[1], match[1])
     return kind
 

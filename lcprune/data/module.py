@@ -31,8 +31,9 @@ from lcprune.data.mixture import Part
 from lcprune.data.origin import Origin
 from lcprune.data.packing import Blocks, Packed, Packing, batch_of, packed, training_batch_of
 from lcprune.data.streaming import Share, StreamLoader
-from lcprune.demo import DEMO, load_tokenizer
+from lcprune.demo import DEMO, load_tokenizer, name_of
 from lcprune.errors import InputError
+from lcprune.files import path_of
 
 FRACTION = 0.05
 """Of the text, held out unless the user says otherwise."""
@@ -90,9 +91,9 @@ class TextDataModule(L.LightningDataModule):
     def __init__(
         self,
         *,
-        tokenizer: str | None = None,
-        path: Path | None = None,
-        validation_path: Path | None = None,
+        tokenizer: str | Path | None = None,
+        path: str | Path | None = None,
+        validation_path: str | Path | None = None,
         dataset: str | None = None,
         dataset_config: str | None = None,
         split: str = "train",
@@ -104,7 +105,7 @@ class TextDataModule(L.LightningDataModule):
         messages_column: str | None = None,
         prompt_column: str | None = None,
         response_column: str | None = None,
-        chat_template: Path | None = None,
+        chat_template: str | Path | None = None,
         learn: Learn | None = None,
         packing: Packing | None = None,
         block_size: int = 512,
@@ -116,10 +117,10 @@ class TextDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.named_tokenizer = tokenizer
+        self.named_tokenizer = None if tokenizer is None else name_of("data.tokenizer", tokenizer)
         self.origin = Origin(
-            path=None if path is None else Path(path).expanduser(),
-            validation_path=None if validation_path is None else Path(validation_path).expanduser(),
+            path=None if path is None else path_of("data.path", path),
+            validation_path=None if validation_path is None else path_of("data.validation_path", validation_path),
             dataset=dataset,
             dataset_config=dataset_config,
             split=split,
@@ -129,7 +130,7 @@ class TextDataModule(L.LightningDataModule):
             window=streaming_window if streaming else None,
         )
         self.streaming_window = streaming_window
-        self.chat_template = None if chat_template is None else Path(chat_template).expanduser()
+        self.chat_template = None if chat_template is None else path_of("data.chat_template", chat_template)
         self.learn = learn
         self.packing = packing
         self.block_size = block_size

@@ -6,6 +6,7 @@ teacher   a view of the given model, so that neither its settings nor its place 
 
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
@@ -41,17 +42,17 @@ class GivenModels(DistillationModule):
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | str,
+        teacher: PreTrainedModel | str | Path,
         *,
         history: MergeHistory | None = None,
         objective: list[Level] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        name = teacher if isinstance(teacher, str) else teacher.config.name_or_path or "the given teacher"
+        name = teacher.config.name_or_path or "the given teacher" if isinstance(teacher, PreTrainedModel) else teacher
         super().__init__(teacher=name, objective=objective, optimizer=optimizer, lr_scheduler=lr_scheduler)
         self.given_student, self.given_history = (student,), history  # in a tuple: no submodule before its time
-        self.given_teacher = () if isinstance(teacher, str) else (teacher,)
+        self.given_teacher = (teacher,) if isinstance(teacher, PreTrainedModel) else ()
         self._check()
 
     @property

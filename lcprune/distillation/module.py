@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
-from lcprune import demo, weights
+from lcprune import demo, files, weights
 from lcprune.distillation import (
     adapters,
     averaging,
@@ -85,8 +85,8 @@ class DistillationModule(Resumable, Stepping):
     def __init__(
         self,
         *,
-        teacher: str = demo.DEMO,
-        student: Path | None = None,
+        teacher: str | Path = demo.DEMO,
+        student: str | Path | None = None,
         objective: list[Level] | None = None,
         phases: list[Phase] | None = None,
         phases_begin: Begin = "merge",
@@ -99,7 +99,7 @@ class DistillationModule(Resumable, Stepping):
         activations: Literal["keep", "recompute"] = "keep",
         compile_layers: bool = False,
         kernels: kernels_room.Kernels = "torch",
-        teacher_cache: Path | None = None,
+        teacher_cache: str | Path | None = None,
     ) -> None:
         super().__init__()
         allowed = {
@@ -132,8 +132,8 @@ class DistillationModule(Resumable, Stepping):
             check_levels([phase.objective for phase in self.phases])
         self.lora = adapters.lora_for([phase.trained(train) for phase in self.phases], lora)
         self.phases_begin: Begin = phases_begin
-        self.teacher_name = teacher
-        self.student_folder = None if student is None else Path(student).expanduser()
+        self.teacher_name = demo.name_of("model.teacher", teacher)
+        self.student_folder = None if student is None else files.path_of("model.student", student)
         self.train_usually: Trained = train
         self.weights_dtype: DtypeName = dtype
         self.teacher_dtype = teacher_dtype
@@ -143,7 +143,7 @@ class DistillationModule(Resumable, Stepping):
         self.compile_layers = compile_layers
         self.kernels: kernels_room.Kernels = kernels
         self._take_off_kernels: list[Callable[[], None]] = []
-        self.teacher_cache = None if teacher_cache is None else Path(teacher_cache).expanduser()
+        self.teacher_cache = None if teacher_cache is None else files.path_of("model.teacher_cache", teacher_cache)
         self.cache: TeacherCache | None = None
         self._config: PretrainedConfig | None = None
         self._history: MergeHistory | None = None

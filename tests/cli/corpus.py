@@ -74,6 +74,7 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
     "fraction for a whole number": ({"trainer__max_steps": 1.5}, ("trainer.max_steps=1.5", "whole number")),
     "list for a number": ({"trainer__max_steps": [3]}, ("trainer.max_steps=[3]", "whole number")),
     "number for a name": ({"model__teacher": 3}, ("model.teacher=3 must be text",)),
+    "number for a folder": ({"model__student": 3}, ("model.student=3 must be text or a path",)),
     "null for a whole number": ({"data__block_size": None}, ("data.block_size=null must be a whole number", "512")),
     "null for a choice": ({"model__train": None}, ("model.train=null must be one of all, layers",)),
     "no class for a schedule": ({"collapse__schedule": {}}, ("collapse.schedule names no class", "AtSteps, ByTokens")),
