@@ -24,8 +24,8 @@ ROOMS = {
     "quantized adapters teacher fingerprint beginning tracing pair footprint phases beforehand objectives evaluated "
     "averaging cache fill recall sharded optim checkpoint resumable module given throughput companions guests undo "
     "merges callbacks offline forecast comparison",
-    "data": "preprocess columns sources chat tokens packing loader mixture streaming store corpus author generate "
-    "origin module",
+    "data": "preprocess columns paths sources chat tokens packing loader mixture streaming store corpus author "
+    "generate origin module",
     "delivery": "pictures card export decoding choices speed figures evaluate harness hub gguf training_log tree plots "
     "runs provenance likeness samples page wording sections report",
 }

@@ -23,7 +23,7 @@ class Part:
     """One data set of a mixture: a file or a set on the hub."""
 
     path: Path | None = None
-    """A local .jsonl, .json, .csv, .parquet or .txt file."""
+    """A local .jsonl, .json, .csv, .parquet or .txt file, or a folder or pattern of several."""
     dataset: str | None = None
     """Name of a data set on the Hugging Face hub."""
     dataset_config: str | None = None

@@ -30,6 +30,7 @@ from lcprune.data.loader import Batch, BlockSampler, ResumableLoader, Row, crc32
 from lcprune.data.mixture import Part
 from lcprune.data.origin import Origin
 from lcprune.data.packing import Blocks, Packed, Packing, batch_of, packed, training_batch_of
+from lcprune.data.paths import Given, files_of
 from lcprune.data.streaming import Share, StreamLoader
 from lcprune.demo import DEMO, load_tokenizer, name_of
 from lcprune.errors import InputError
@@ -55,7 +56,8 @@ class TextDataModule(L.LightningDataModule):
     Args:
         tokenizer: Model whose tokenizer is used: a local folder, a hub name or demo:smollm2. Default: the teacher of
             what the trainer trains; where there is none yet, demo:smollm2.
-        path: A local .jsonl, .json, .csv, .parquet or .txt file (one document a row; a .txt file is one document).
+        path: A local .jsonl, .json, .csv, .parquet or .txt file (one document a row; a .txt file is one document), or
+            several of one kind: a list, a folder, or a pattern such as texts/*.jsonl; .gz and .zst may stand behind.
             Without path, dataset and generate, the text is the language reference inside Python (pydoc_data.topics).
         validation_path: A file of the same kinds with the validation text; without it a part of the text is held out.
         dataset: Name of a data set on the Hugging Face hub.
@@ -92,8 +94,8 @@ class TextDataModule(L.LightningDataModule):
         self,
         *,
         tokenizer: str | Path | None = None,
-        path: str | Path | None = None,
-        validation_path: str | Path | None = None,
+        path: Given | None = None,
+        validation_path: Given | None = None,
         dataset: str | None = None,
         dataset_config: str | None = None,
         split: str = "train",
@@ -119,8 +121,8 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         self.named_tokenizer = None if tokenizer is None else name_of("data.tokenizer", tokenizer)
         self.origin = Origin(
-            path=None if path is None else path_of("data.path", path),
-            validation_path=None if validation_path is None else path_of("data.validation_path", validation_path),
+            path=None if path is None else files_of("data.path", path),
+            validation_path=None if validation_path is None else files_of("data.validation_path", validation_path),
             dataset=dataset,
             dataset_config=dataset_config,
             split=split,

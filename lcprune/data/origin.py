@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -10,7 +9,8 @@ from lcprune.data.columns import TEXT, Columns, Documents
 from lcprune.data.corpus import Source
 from lcprune.data.generate import COLUMN, Generate, text_file
 from lcprune.data.mixture import Part
-from lcprune.data.sources import file_mistake, read_file, read_hub, stream_file, stream_hub
+from lcprune.data.paths import Files, files_of
+from lcprune.data.sources import read_file, read_hub, stream_files, stream_hub
 from lcprune.data.streaming import Windows
 
 LINEWISE = (".jsonl", ".csv", ".parquet")
@@ -21,10 +21,10 @@ LINEWISE = (".jsonl", ".csv", ".parquet")
 class Origin:
     """Of a file, a data set, the teacher, several sets, or the built-in text; one of them is named at most."""
 
-    path: Path | None
-    """A local file."""
-    validation_path: Path | None
-    """A local file with what is validated on."""
+    path: Files | None
+    """Local files."""
+    validation_path: Files | None
+    """Local files with what is validated on."""
     dataset: str | None
     """A data set on the hub."""
     dataset_config: str | None
@@ -73,7 +73,9 @@ class Origin:
         if self.generate is not None:
             path = text_file(self.generate, teacher=teacher, column=self.columns.text)
             rank_zero_info(f"text written by {self.generate.model or teacher}: {path}")
-            return [Source("data.generate", read_file("data.generate", path, Columns(COLUMN)))]
+            return [
+                Source("data.generate", read_file("data.generate", files_of("data.generate", path), Columns(COLUMN)))
+            ]
         from pydoc_data.topics import topics
 
         return [Source("the built-in text", Documents("text", [topics[name] for name in sorted(topics)]))]
@@ -88,7 +90,7 @@ class Origin:
         """The documents of a stream."""
         assert self.window is not None
         if self.path is not None:
-            return Windows(stream_file(self.path), self.window, self.columns, f"data.path={self.path}")
+            return Windows(stream_files(self.path), self.window, self.columns, f"data.path={self.path}")
         assert self.dataset is not None
         rows = stream_hub(self.dataset, self.dataset_config, self.split)
         return Windows(rows, self.window, self.columns, f"data.dataset={self.dataset!r}")
@@ -110,21 +112,19 @@ class Origin:
         yield from self._column_mistakes()
         if self.window is not None:
             yield from self._stream_mistakes()
-        files = {
-            "data.path": self.path,
-            "data.validation_path": self.validation_path,
-            "data.generate.prompts": None if self.generate is None else self.generate.prompts,
-        }
-        parts = [("data.mixture: path", part.path) for part in self.mixture or ()]
-        for field, path in [*files.items(), *parts]:
-            if path is not None and (mistake := file_mistake(path)):
-                yield f"{field}={path} {mistake}"
+        files = [("data.path", self.path), ("data.validation_path", self.validation_path)]
+        if self.generate is not None and self.generate.prompts is not None:
+            files.append(("data.generate.prompts", files_of("data.generate.prompts", self.generate.prompts)))
+        for part in self.mixture or ():
+            if part.path is not None:
+                files.append(("data.mixture: path", files_of("data.mixture: path", part.path)))
+        yield from (f"{field}={mistake}" for field, each in files if each for mistake in each.mistakes())
 
     def _column_mistakes(self) -> Iterator[str]:
         yield from self.columns.mistakes()
         columns = self.columns
         files_with_columns = [
-            path for path in (self.path, self.validation_path) if path and path.suffix.lower() != ".txt"
+            files for files in (self.path, self.validation_path) if files and files.paths and files.kind != ".txt"
         ]
         with_columns = self.dataset is not None or self.generate is not None or files_with_columns
         named = {
@@ -144,12 +144,12 @@ class Origin:
     def _stream_mistakes(self) -> Iterator[str]:
         if (self.path is None) == (self.dataset is None):
             yield "data.streaming reads data.path or data.dataset: name one of them, or set it to false"
-        elif self.path is not None and self.path.suffix.lower() not in LINEWISE:
+        elif self.path is not None and self.path.paths and self.path.kind not in LINEWISE:
             yield f"data.streaming cannot read {self.path} row by row: name a {', '.join(LINEWISE)} file"
 
 
 def _documents_of(part: Part) -> Documents:
     if part.path is not None:
-        return read_file("data.mixture", part.path, part.columns)
+        return read_file("data.mixture", files_of("data.mixture: path", part.path), part.columns)
     assert part.dataset is not None
     return read_hub(part.dataset, part.dataset_config, part.split, part.columns)

@@ -1,59 +1,60 @@
 """Where documents come from: local files and data sets on the Hugging Face hub, with every mistake explained."""
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
 from lcprune.data.columns import Columns, Documents, documents_of
+from lcprune.data.paths import BUILDERS, Files, files_of, is_compressed
 from lcprune.errors import InputError, reason
-from lcprune.files import not_there
-
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_SUFFIXES = (*_BUILDERS, ".txt")
 
 
-def file_mistake(path: Path) -> str | None:
-    """What is wrong with a file before it is read, to be put behind its name; None if nothing is."""
-    if not path.exists():
-        return not_there(path)
-    if not path.is_file():
-        return "is not a file: name one file"
-    if path.suffix.lower() not in _SUFFIXES:
-        return f"ends in {path.suffix or 'nothing'!r}, which is not one of {', '.join(_SUFFIXES)}: convert or rename it"
-    if path.stat().st_size == 0:
-        return "is empty: give a file with text"
-    return None
-
-
-def read_file(field: str, path: Path, columns: Columns) -> Documents:
-    """The documents of a local file: one a row, or all of a .txt file as one; rows with nothing in them are left out.
+def read_file(field: str, files: Files, columns: Columns) -> Documents:
+    """The documents of local files: one a row, or all of a .txt file as one; rows with nothing in them are left out.
 
     Args:
-        field: The setting that names the file, for the messages.
-        path: A .jsonl, .json, .csv, .parquet or .txt file.
+        field: The setting that names the files, for the messages.
+        files: Of one kind.
         columns: Those that hold the documents.
 
     Raises:
-        InputError: The file cannot be read, has no such column, or nothing in it.
+        InputError: A file cannot be read, has no such column, or there is nothing in any.
     """
     from datasets import load_dataset
 
-    kind, source = path.suffix.lower(), f"{field}={path}"
-    with _explained(source, f"check that it really is {kind[1:]} in UTF-8"):
-        if kind == ".txt":
-            text = path.read_text(encoding="utf-8")
-        else:
-            data = load_dataset(_BUILDERS[kind], data_files=escape(str(path)), split="train")
+    source, way_out = f"{field}={files}", f"check that it really is {files.kind[1:]} in UTF-8"
+    way_out += ", and that all files have the same columns" if len(files.paths) > 1 and files.kind != ".txt" else ""
+    if files.kind != ".txt":
+        with _explained(source, way_out):
+            data = load_dataset(BUILDERS[files.kind], data_files=_escaped(files.paths), split="train")
             return documents_of({name: data[name] for name in data.column_names}, columns, source)
-    if not text.strip():
+    texts = []
+    for path in files.paths:
+        with _explained(f"{field}={path}", way_out):
+            texts.append(_text_of(path))
+    if not (said := [text for text in texts if text.strip()]):
         raise InputError(f"{source} is blank: give a file with text.")
-    return Documents("text", [text], columns=(columns.text,))
+    return Documents("text", said, columns=(columns.text,))
+
+
+def _text_of(path: Path) -> str:
+    from datasets import load_dataset
+
+    if not is_compressed(path):
+        return path.read_text(encoding="utf-8")
+    data = load_dataset("text", data_files=_escaped([path]), split="train", sample_by="document")
+    return "".join(data["text"])
+
+
+def _escaped(paths: Sequence[Path]) -> list[str]:
+    return [escape(str(path)) for path in paths]
 
 
 def read_texts(field: str, path: Path, column: str) -> list[str]:
     """As `read_file`, of plain text alone."""
-    documents = read_file(field, path, Columns(column))
+    documents = read_file(field, files_of(field, path), Columns(column))
     if documents.kind != "text":
         raise InputError(
             f"data.text_column={column!r} is not in {field}={path}, which has {', '.join(documents.columns)}: set "
@@ -76,9 +77,9 @@ def read_hub(name: str, config: str | None, split: str, columns: Columns) -> Doc
         return documents_of({column: data[column] for column in data.column_names}, columns, source)
 
 
-def stream_file(path: Path) -> Callable[[int], Iterator[dict[str, object]]]:
-    """Opens a .jsonl, .csv or .parquet file at a row, without reading it whole."""
-    return _stream(f"data.path={path}", _BUILDERS[path.suffix.lower()], None, "train", escape(str(path)))
+def stream_files(files: Files) -> Callable[[int], Iterator[dict[str, object]]]:
+    """Opens .jsonl, .csv or .parquet files at a row, one behind the other, without reading them whole."""
+    return _stream(f"data.path={files}", BUILDERS[files.kind], None, "train", _escaped(files.paths))
 
 
 def stream_hub(name: str, config: str | None, split: str) -> Callable[[int], Iterator[dict[str, object]]]:
@@ -88,7 +89,7 @@ def stream_hub(name: str, config: str | None, split: str) -> Callable[[int], Ite
 
 
 def _stream(
-    source: str, name: str, config: str | None, split: str, files: str | None
+    source: str, name: str, config: str | None, split: str, files: list[str] | None
 ) -> Callable[[int], Iterator[dict[str, object]]]:
     def rows_from(row: int) -> Iterator[dict[str, object]]:
         from datasets import load_dataset
@@ -108,7 +109,14 @@ def _explained(source: str, way_out: str) -> Iterator[None]:
         yield
     except InputError:  # rows are decoded where their columns are looked through
         raise
-    except (OSError, ValueError, DatasetsError, StopIteration) as error:  # StopIteration: a file without a single row
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zlib.error,
+        DatasetsError,
+        StopIteration,
+    ) as error:  # StopIteration: a file without a single row
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer sentences say nothing
             cause = cause.__cause__

@@ -318,7 +318,7 @@ def test_mistakes_are_told_all_at_once_before_anything_is_loaded(tmp_path: Path)
     ("arguments", "words"),
     [
         ({"path": Path("nowhere.jsonl")}, "does not exist"),
-        ({"path": Path("/")}, "is not a file"),
+        ({"path": Path("/dev/null")}, "is not a file"),
         ({"tokenizer": ""}, "data.tokenizer is empty"),
         ({"split": "test"}, "belong to data.dataset"),
         ({"dataset_config": "en"}, "belong to data.dataset"),
