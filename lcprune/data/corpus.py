@@ -186,7 +186,13 @@ def _divided(tokens: Tokens, source: Source, reading: Reading) -> tuple[Tokens, 
             f"{source.name} holds one conversation, of which no part can be held out: name a data.validation_path, or "
             "give more."
         )
-    return divided(tokens, fraction=reading.fraction, block_size=reading.block_size, seed=reading.seed)
+    return divided(
+        tokens,
+        fraction=reading.fraction,
+        block_size=reading.block_size,
+        seed=reading.seed,
+        cut=source.documents.kind == "text",
+    )
 
 
 def _mixed(sets: Sequence[Tokens], sources: Sequence[Source], seed: int, part: str) -> list[Tokens]:

@@ -80,7 +80,7 @@ class TextDataModule(L.LightningDataModule):
         block_size: Tokens in a block; memory and time of a training step grow with it.
         batch_size: Blocks in a batch, on each device.
         validation_fraction: Fraction of the tokens held out for validation, as whole documents and at least one block;
-            of a single document the tail.
+            of a single document, or where the others are much longer than that, the tail of one.
         validation_blocks: At most so many blocks are validated on; all of them if null.
         calibration_blocks: At most so many training blocks, drawn at random, are shown to criteria and refits.
         num_workers: Processes that make batches; 0 is fastest here, the blocks are in memory.

@@ -74,11 +74,51 @@ def held_out(lengths: Tensor, wanted: int, seed: int) -> Tensor:
     Returns:
         Which are drawn, bool [N].
     """
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
+    order = _order(lengths, seed)
     count = int((lengths[order].cumsum(0) < wanted).sum()) + 1
     drawn = torch.zeros(len(lengths), dtype=torch.bool)
     drawn[order[: min(count, len(lengths) - 1)]] = True
     return drawn
+
+
+def held_out_and_cut(lengths: Tensor, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
+    """As `held_out`, but nothing that would make it more than twice `wanted`, and more than a tenth of the whole.
+
+    Such documents are passed over; if the others are not enough, the tail of the first one passed over is cut off.
+
+    Returns:
+        The lengths, of a document that is cut head and tail one behind the other, and which of these are drawn.
+
+    Example:
+        held_out_and_cut(tensor([90, 5, 5]), wanted=8, seed=0)  ->  tensor([90, 5, 5]), tensor([False, True, True])
+    """
+    drawn = held_out(lengths, wanted, seed)
+    total, held = int(lengths.sum()), int(lengths[drawn].sum())
+    most = max(2 * wanted, total // 10)
+    if wanted <= held <= most or total <= most:
+        return lengths, drawn
+    drawn, missing, passed_over = torch.zeros_like(drawn), wanted, []
+    for place in _order(lengths, seed).tolist():
+        if missing <= 0:
+            break
+        length = int(lengths[place])
+        if wanted - missing + length > most:
+            passed_over.append((place, length))
+        else:
+            drawn[place] = True
+            missing -= length
+    if missing <= 0:
+        return lengths, drawn
+    place, length = passed_over[0]
+    parts = torch.tensor([length - missing, missing])
+    return (
+        torch.cat([lengths[:place], parts, lengths[place + 1 :]]),
+        torch.cat([drawn[:place], torch.tensor([False, True]), drawn[place + 1 :]]),
+    )
+
+
+def _order(lengths: Tensor, seed: int) -> Tensor:
+    return torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
 
 
 def pack(stream: Tensor, block_size: int) -> tuple[Tensor, int]:

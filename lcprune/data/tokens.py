@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lcprune.data.chat import ChatTemplate, Learn, Piece, pieces_of, plain_pieces
 from lcprune.data.columns import Conversation, Documents
-from lcprune.data.preprocess import AT_ONCE, eos_of, held_out, tokenize
+from lcprune.data.preprocess import AT_ONCE, eos_of, held_out, held_out_and_cut, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,17 +85,19 @@ def tokens_of(
     return _gathered(encoded(pieces, tokenizer))
 
 
-def divided(tokens: Tokens, *, fraction: float, block_size: int, seed: int) -> tuple[Tokens, Tokens]:
+def divided(tokens: Tokens, *, fraction: float, block_size: int, seed: int, cut: bool = True) -> tuple[Tokens, Tokens]:
     """Divides documents into those for training and those for validation.
 
     Whole documents, drawn by the seed, go to validation until it has `fraction` of the tokens and at least one block;
-    one document always stays for training. A single document is cut instead: its tail is for validation.
+    one document always stays for training. A single document is cut instead: its tail is for validation. So is one that
+    is much longer than what is to be held out, where others are not enough.
 
     Args:
         tokens: The documents.
         fraction: Of the tokens, between 0 and 1.
         block_size: Tokens in a block.
         seed: Decides which documents.
+        cut: Whether documents may be cut; conversations may not.
 
     Returns:
         Both parts, in the documents' order; together they are the whole.
@@ -105,7 +107,11 @@ def divided(tokens: Tokens, *, fraction: float, block_size: int, seed: int) -> t
     if len(tokens.lengths) == 1:
         head = max(total - wanted, min(block_size, total))
         return tokens.between(0, head), tokens.between(head, total)
-    drawn = held_out(tokens.lengths, wanted, seed)
+    if not cut:
+        drawn = held_out(tokens.lengths, wanted, seed)
+    else:
+        lengths, drawn = held_out_and_cut(tokens.lengths, wanted, seed)
+        tokens = Tokens(tokens.stream, tokens.learned, lengths)
     return tokens.chosen(~drawn), tokens.chosen(drawn)
 
 

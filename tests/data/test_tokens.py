@@ -13,7 +13,7 @@ def numbered(lengths: list[int]) -> Tokens:
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.2, 0.999])
-@pytest.mark.parametrize("lengths", [[5, 40], [30] * 10, [1, 2, 100, 3, 50, 4]], ids=str)
+@pytest.mark.parametrize("lengths", [[5, 6, 5], [30] * 10, [1, 2, 100, 3, 50, 4]], ids=str)
 def test_divided_partitions_whole_documents_in_order_with_one_on_each_side(lengths: list[int], fraction: float):
     whole = numbered(lengths)
     training, validation = divided(whole, fraction=fraction, block_size=8, seed=0)
@@ -29,6 +29,27 @@ def test_divided_holds_out_the_fraction_and_at_least_a_block():
     whole = numbered([10] * 100)
     for fraction, held_out in ((0.2, 200), (0.01, 70)):
         assert len(divided(whole, fraction=fraction, block_size=64, seed=0)[1].stream) == held_out
+
+
+@pytest.mark.parametrize("lengths", [[10_000, *[5] * 60], [5, 10_000], [3000] * 4, [900, 5, 4000]], ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_divided_holds_out_about_what_was_asked_for_however_uneven_documents_are(lengths: list[int], seed: int):
+    whole = numbered(lengths)
+    training, validation = divided(whole, fraction=0.05, block_size=8, seed=seed)
+    assert 0.049 <= len(validation.stream) / sum(lengths) <= 0.11
+    assert torch.cat([training.stream, validation.stream]).sort().values.equal(whole.stream)
+
+
+def test_division_of_documents_that_are_not_uneven_is_the_one_that_earlier_runs_had():
+    lengths = [40 + 37 * number % 900 for number in range(100)]
+    _, validation = divided(numbered(lengths), fraction=0.05, block_size=64, seed=0)
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
+    assert [starts.index(int(ids[0])) for ids, _ in validation.documents()] == [19, 44, 90, 93]
+
+
+def test_conversations_are_never_cut():
+    whole = numbered([3000] * 4)
+    assert divided(whole, fraction=0.05, block_size=8, seed=0, cut=False)[1].lengths.tolist() == [3000]
 
 
 def test_divided_is_a_function_of_the_seed():
