@@ -24,7 +24,7 @@ from lcprune.errors import InputError
 from lcprune.files import cache_folder, said
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 DEMO = "demo:smollm2"
 """The name under which a recipe asks for the demo model."""
@@ -92,6 +92,25 @@ def read_config(model: str) -> "PretrainedConfig":
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, *_UNREADABLE, StrictDataclassError) as error:
         raise _unreadable("configuration", model, error) from error
+
+
+def read_generation_config(model: str) -> "GenerationConfig | None":
+    """Reads how a model is to generate; None where it brings no file of that, or one that transformers passes over.
+
+    Raises:
+        InputError: The file says what transformers refuses.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(resolve(model))
+    except OSError:
+        return None
+    except _UNREADABLE as error:
+        raise InputError(
+            f"generation_config.json of model {model!r} is refused by transformers ({_reason(error)}): correct it, or "
+            "delete it and what follows from config.json is taken."
+        ) from error
 
 
 def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":

@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lcprune import demo, weights
 from lcprune.cli import bars, budgets, tables
@@ -50,6 +49,7 @@ def collapse(own: argparse.Namespace, cli: RecipeCLI, given: MergeHistory | None
         check_operator(callback.operator)
         _check_refit(callback)
     name = cli.model.teacher_name
+    demo.read_generation_config(name)  # it goes with the student: a bad one is refused first
     stored = StoredModel(
         cli.model.teacher_config,
         weights_folder(name),
@@ -136,8 +136,8 @@ def _check_refit(callback: ProgressiveCollapse) -> None:
 def _export(stored: StoredModel, history: MergeHistory, out: Path, cli: RecipeCLI) -> None:
     name = cli.model.teacher_name
     student = student_of(stored, history, stored_dtype(cli.model.teacher_config))
-    with suppress(OSError):  # a model that brings none keeps what follows from its config
-        student.generation_config = GenerationConfig.from_pretrained(demo.resolve(name))
+    if (generation := demo.read_generation_config(name)) is not None:
+        student.generation_config = generation
     export_stream(
         student,
         merged_tensors(stored, history),

@@ -8,13 +8,12 @@ Plain data only, because checkpoints are read with `weights_only=True`. The teac
 
 import pickle
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lcprune import demo
 from lcprune.distillation import adapters, quantized
@@ -171,8 +170,8 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     model.load_state_dict({**quantized.packed_weights(model), **tensors}, assign=True)
     model.tie_weights()
     adapters.fold(model)
-    with suppress(OSError):  # a model may have none
-        model.generation_config = GenerationConfig.from_pretrained(demo.resolve(record.history.teacher))
+    if (generation := demo.read_generation_config(record.history.teacher)) is not None:
+        model.generation_config = generation
     return model.eval(), record
 
 

@@ -85,7 +85,8 @@ def load(
 ) -> PreTrainedModel:
     """The model of that name or folder, on `device`.
 
-    Raises InputError if there is none, its family is unknown, or its weights are not those that were exported.
+    Raises InputError if there is none, its family is unknown, its weights are not those that were exported, or
+    transformers refuses its generation_config.json.
 
     Args:
         name: Hub name or folder.
@@ -98,6 +99,7 @@ def load(
     layout_of(config)
     check_config(config, f"{named}={name!r}")
     weights.check(name, named)
+    demo.read_generation_config(name)
     kind = getattr(torch, dtype)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -141,6 +141,28 @@ def test_model_that_cannot_be_shortened_is_refused_before_weights_are_loaded(
     assert not (tmp_path / "short").exists()
 
 
+@pytest.mark.parametrize("command", ["fit", "collapse", "collapse --stream"])
+@pytest.mark.parametrize("text", ['{"num_return_sequences": 3}', "[1]"])
+def test_generation_config_that_transformers_refuses_is_found_before_weights_are_loaded(
+    text: str,
+    command: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    for loads in ("distillation.teacher.AutoModelForCausalLM.from_pretrained", "cli.streaming.StoredModel"):
+        monkeypatch.setattr(f"lcprune.{loads}", lambda *args, **kwargs: _never())
+    config = write(tmp_path, recipe(folder, text_file(tmp_path), tmp_path / "run"))
+    name, *flags = command.split()
+    out = ["--out", str(tmp_path / "short")] if name == "collapse" else []
+    assert main([name, "--config", str(config), *out, *flags]) == 2
+    assert_says(capsys, ("generation_config.json of model", "is refused by transformers", "correct it, or delete it"))
+    assert not (tmp_path / "short").exists()
+
+
 @pytest.mark.parametrize("flags", [[], ["--stream"]])
 @pytest.mark.parametrize("name", PLANS)
 def test_plan_that_cannot_be_executed_is_refused_before_weights_are_loaded(
