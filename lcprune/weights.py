@@ -10,22 +10,24 @@ that is prevented nothing is gained over a file that cannot hold code.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcprune.demo import resolve
+from lcprune.demo import read_config, resolve
 from lcprune.errors import InputError
 from lcprune.identity import check_exported
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000
 """Bytes, as in safetensors."""
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in a header
 ADAPTER = "adapter_config.json"
 """Where there is one, transformers loads the model that it names instead of the folder's own."""
 
@@ -138,6 +140,32 @@ def folder_of(model: str) -> Path:
 
     found = try_to_load_from_cache(model, "config.json")
     return Path(found).parent if isinstance(found, str) else folder
+
+
+def config_of(model: str) -> "PretrainedConfig":
+    """`demo.read_config`, with the dtype that most tensors of its files have, where these are at hand.
+
+    A config.json may lack its dtype, or name another one than the files that lie beside it hold.
+
+    Args:
+        model: Hub name, folder or demo:smollm2.
+
+    Raises:
+        InputError: There is no such model, or transformers does not know its kind.
+    """
+    import torch
+
+    config = read_config(model)
+    try:
+        headers = [header_of(file)[1] for file in files_of(folder_of(model))]
+    except InputError:  # `check` says so where they are to be loaded
+        return config
+    counted = Counter(str(held["dtype"]) for tensors in headers for held in tensors.values())
+    found = _DTYPES.get(max(counted, key=counted.__getitem__, default=""))
+    whole = isinstance(config.dtype, torch.dtype) and not config.dtype.is_floating_point  # which `check_config` refuses
+    if found is not None and not whole:
+        config.dtype = getattr(torch, found)
+    return config
 
 
 def size_of(folder: Path) -> int:

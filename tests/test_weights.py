@@ -1,8 +1,10 @@
 """Where a model's weights lie and how many bytes they are."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from lcprune import weights
@@ -35,3 +37,19 @@ def test_model_of_the_hub_is_measured_in_its_cache(tmp_path: Path, monkeypatch: 
     (place / "refs" / "main").write_text("abc")
     assert weights.folder_of("someone/llama") == folder
     assert weights.size_of(weights.folder_of("someone/llama")) > 0
+
+
+@pytest.mark.parametrize("said", [None, "float16", "float32", "bfloat16"])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_dtype_of_a_model_is_that_of_its_files(held: torch.dtype, said: str | None, tmp_path: Path):
+    model = tiny_llama(2, dtype=held)
+    model.model.norm.float()
+    folder = save_tiny(tmp_path, model)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "dtype": said}), encoding="utf-8")
+    assert weights.config_of(str(folder)).dtype == held
+
+
+def test_dtype_of_a_model_without_its_files_is_that_of_its_config(tmp_path: Path):
+    tiny_llama(2, dtype=torch.bfloat16).config.save_pretrained(tmp_path)
+    assert weights.config_of(str(tmp_path)).dtype == torch.bfloat16

@@ -82,7 +82,7 @@ def _exported(checkpoint: Path, out: Path) -> Path:
     check_target(out, read(checkpoint).history.teacher)
     student, record = load_student(checkpoint)
     teacher = record.history.teacher
-    cast(student, stored_dtype(demo.read_config(teacher)))
+    cast(student, stored_dtype(weights.config_of(teacher)))
     export(
         student,
         out,

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from transformers import PretrainedConfig
 
-from lcprune import demo
+from lcprune import demo, weights
 from lcprune.delivery.export import RECIPE
 from lcprune.delivery.runs import student_of, unfinished
 from lcprune.errors import InputError
@@ -81,7 +81,7 @@ def look_at(name: str) -> Subject:
             "lcprune fit, collapse or export wrote, or a model on the hub."
         )
     model = str(folder) if local else name
-    config = demo.read_config(model)
+    config = weights.config_of(model)
     depth = layout_of(config).depth_of(config)
     history = MergeHistory.load(folder / HISTORY) if local and (folder / HISTORY).is_file() else None
     if history is not None and history.depth != depth:

@@ -156,7 +156,7 @@ class DistillationModule(Resumable, Stepping):
     def teacher_config(self) -> PretrainedConfig:
         """The original's config; read without its weights."""
         if self._config is None:
-            self._config = demo.read_config(self.teacher_name)
+            self._config = weights.config_of(self.teacher_name)
         return self._config
 
     @property

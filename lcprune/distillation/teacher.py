@@ -138,7 +138,11 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
-    """The dtype in which the original's weights are stored, and in which its student should be."""
+    """The dtype in which the original's weights are stored, and in which its student should be.
+
+    Args:
+        config: The original's, from `weights.config_of`, which looks at its files.
+    """
     dtype = config.dtype
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
 
