@@ -4,7 +4,7 @@
     model = AutoModelForCausalLM.from_pretrained("my-model")
     history = lcprune.collapse(model, text.calibration_batches(), target_depth=20)
     model, history = lcprune.distill(model, "my-model", text, history=history, steps=200)
-    model.save_pretrained("short")
+    lcprune.export(model, "short", tokenizer="my-model", history=history)
 
 `lcprune.plan`, `execute` and `collapse` are in merging/collapse.py. This module stands above all rooms.
 """

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from lcprune import DistillationModule, TextDataModule
 from lcprune.cli import HOMES, main
 from lcprune.cli.training import RecipeCLI
+from lcprune.demo import load_tokenizer
 from lcprune.distillation import checkpoint
+from lcprune.distillation.module import DistillationModule
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import from_spec, spec_of
@@ -67,6 +69,10 @@ def test_python_of_the_readme_runs(
     for long, short in {"max_steps=200": "max_steps=42", "steps=200": "steps=2"}.items():
         small = small.replace(long, short)
     exec(compile(small, "README.md", "exec"), {})
+    if "steps=" in block:  # what is trained is kept
+        short = DistillationModule(teacher="my-model", student="short")
+        assert short.begun.depth == 20
+        assert load_tokenizer("short").get_vocab() == load_tokenizer("my-model").get_vocab()
 
 
 def test_operator_of_the_readme_merges(monkeypatch: pytest.MonkeyPatch):
