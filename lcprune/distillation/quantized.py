@@ -130,6 +130,8 @@ def own_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 def restore(model: nn.Module, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Puts back what `own_weights` returned."""
+    if not weights:
+        return
     from bitsandbytes.nn import Params4bit
 
     linears = _linears(model)

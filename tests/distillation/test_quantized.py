@@ -1,5 +1,6 @@
 """Weights in 8 and 4 bit: unpacked, merged and packed again, shared with the teacher, and gone in the export."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,11 @@ def logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 def largest_gap(weight: Tensor) -> Tensor:
     """Half the widest gap between two of nf4's sixteen values, per block of 64, as wide as the weight."""
     return 0.153 * weight.reshape(-1, 64).abs().amax(1, keepdim=True).expand(-1, 64).reshape(weight.shape)
+
+
+def test_what_is_not_packed_needs_no_bitsandbytes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)  # an import of it fails
+    quantized.restore(whole_blocks(), {})
 
 
 def test_packed_weights_are_within_half_a_step_and_packing_them_again_changes_nothing(folder: Path):
