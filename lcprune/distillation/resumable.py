@@ -8,10 +8,12 @@ A sharded student cannot be replayed on: it gets its depth before it is cut into
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from lcprune.distillation import averaging, beginning, optim, quantized, sharded
 from lcprune.distillation import teacher as teacher_room
@@ -58,6 +60,13 @@ class Resumable(Evaluated):
         self._rng: RngState | None = None  # with which a resumed run goes on
         self._asked: list[list[dict[str, object]]] = []  # settings of the optimizers, before a checkpoint has its say
         self._prefix_is_original = True  # whether layers before the first merged one are the teacher's, value by value
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As Lightning's; the teacher is the one that the checkpoint names, unless another is given."""
+        if isinstance(checkpoint_path, str | Path):
+            kwargs.setdefault("teacher", read(Path(checkpoint_path)).history.teacher)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     @property
     def begun(self) -> MergeHistory:

@@ -54,6 +54,16 @@ def test_record_survives_a_file_read_as_plain_data(tmp_path: Path):
     assert all(now.equal(then) for now, then in zip([torch.rand(3), *torch.randn(2)], expected, strict=True))
 
 
+@pytest.mark.parametrize("teacher", [False, True])
+def test_module_loaded_from_a_checkpoint_alone_is_the_one_that_wrote_it(
+    teacher: bool, finished: tuple[Path, DistillationModule], tiny_folder: Path
+):
+    given = {"teacher": tiny_folder} if teacher else {}
+    loaded = DistillationModule.load_from_checkpoint(finished[0], **given)
+    assert loaded.history == finished[1].history
+    assert runs.equal(runs.weights_of(loaded.student), runs.weights_of(finished[1].student))
+
+
 def test_read_tells_history_fingerprint_and_dtype(finished: tuple[Path, DistillationModule], tiny_folder: Path):
     record = read(finished[0])
     assert record.history == finished[1].history
