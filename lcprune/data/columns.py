@@ -5,12 +5,13 @@
     messages                      [{"role": "user", "content": "..."}, ...]         chat
 
 Columns that are named in the recipe are taken; otherwise they are found by what they are usually called, and said. Rows
-of `from` and `value` (ShareGPT) are messages too. A pair is a conversation of two messages.
+of `from` and `value` (ShareGPT) are messages too, and content in parts of text is text. A pair is a conversation of two
+messages; prompt and response may also be lists of messages, of one conversation.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeGuard
 
 from lcprune.errors import InputError
 
@@ -104,6 +105,8 @@ def documents_of(rows: Rows, columns: Columns, source: str) -> Documents:
             f"set data.{field}_column to the one that holds the {holds}{_other_kinds(kind)}."
         )
     values = [rows[name] for name in names]
+    if kind == "pair" and isinstance(next((value for value in values[0] if value is not None), None), list):
+        kind, values = "chat", [_in_a_row(*values)]  # prompts and completions that are messages themselves
     if kind == "text":
         texts = texts_of(values[0], names[0], source)
         usual = [name for name in (*CHATS, *(name for pair in PAIRS for name in pair)) if name in rows]
@@ -114,8 +117,10 @@ def documents_of(rows: Rows, columns: Columns, source: str) -> Documents:
         whole = [_conversation(number, value, names[0], source) for number, value in enumerate(values[0])]
     kept = [conversation for conversation in whole if any(_is_answer(message) for message in conversation)]
     if not kept:
+        roles = ", ".join(dict.fromkeys(message["role"] for messages in whole for message in messages)) or "none"
         raise NothingThere(
-            f"{source} holds no answer of an assistant in {', '.join(names)}: give a file that has some."
+            f"{source} holds no answer of an assistant in {', '.join(names)} (roles there: {roles}): give a file that "
+            "has some, with the role assistant."
         )
     return Documents(kind, conversations=kept, columns=names, found=found, left_out=len(whole) - len(kept))
 
@@ -168,6 +173,13 @@ def _is_answer(message: Message) -> bool:
     return message["role"] == "assistant" and bool(message["content"].strip())
 
 
+def _in_a_row(prompts: Iterable[object], responses: Iterable[object]) -> Iterator[object]:
+    """The messages of a prompt and those of its response as one conversation; what is no list is left as it is."""
+    for pair in zip(prompts, responses, strict=True):
+        lists = [part or [] for part in pair if isinstance(part, list | None)]
+        yield [*lists[0], *lists[1]] if len(lists) == len(pair) else None
+
+
 def _pair(number: int, values: Sequence[object], names: Sequence[str], source: str) -> Conversation:
     for value, name in zip(values, names, strict=True):
         if not isinstance(value, str | None):
@@ -180,21 +192,55 @@ def _pair(number: int, values: Sequence[object], names: Sequence[str], source: s
 
 
 def _conversation(number: int, value: object, column: str, source: str) -> Conversation:
-    messages = [_message(item) for item in value] if isinstance(value, list) else [None] if value is not None else []
-    known = [message for message in messages if message is not None]
-    if len(known) < len(messages):
-        raise InputError(
-            f"data.messages_column={column!r} of {source} does not hold a list of messages with the strings role and "
-            f"content in row {number}: bring it into that form, or name another column."
-        )
-    return known
+    items: list[object] = value if isinstance(value, list) else [None] if value is not None else []
+    messages = []
+    for item in items:
+        if (message := _message(item)) is None:
+            raise InputError(f"data.messages_column={column!r} of {source} {_not_a_message(item, number)}.")
+        messages.append(message)
+    return messages
 
 
 def _message(item: object) -> Message | None:
-    if not isinstance(item, dict):
+    if not isinstance(item, dict) or (item.get("tool_calls") and not item.get("content")):
         return None
     message = {str(name): value for name, value in item.items() if isinstance(value, str)}
     if {"from", "value"} <= message.keys() and "role" not in message:
         role = message.pop("from")
         message |= {"role": ROLES.get(role, role), "content": message.pop("value")}
+    if "content" in item and "content" not in message and (said := _said(item)) is not None:
+        message["content"] = said
     return message if {"role", "content"} <= message.keys() else None
+
+
+def _said(item: Mapping[object, object]) -> str | None:
+    """The text of a message whose content is null or in parts; None if there is more to it than text."""
+    content = item["content"]
+    if content is None:
+        return ""
+    parts = [part.get("text") if _is_text(part) else None for part in content] if isinstance(content, list) else [None]
+    return None if None in parts else "".join(map(str, parts))
+
+
+def _is_text(part: object) -> TypeGuard[Mapping[object, object]]:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _not_a_message(item: object, number: int) -> str:
+    if isinstance(item, Mapping) and isinstance(item.get("role"), str):
+        if item.get("tool_calls") and not item.get("content"):
+            return (
+                f"calls a tool without a word in row {number}, which is not text to learn: write the call into content "
+                "as the model shall say it, or leave such rows out"
+            )
+        if (
+            isinstance(content := item.get("content"), list)
+            and content
+            and all(isinstance(each, Mapping) for each in content)
+        ):
+            kinds = dict.fromkeys(str(part.get("type")) for part in content if not _is_text(part))
+            return f"holds {', '.join(kinds)} beside text in row {number}: leave such rows out, only text is read"
+    return (
+        f"does not hold a list of messages with the strings role and content in row {number}: bring it into that form, "
+        "or name another column"
+    )

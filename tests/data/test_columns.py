@@ -43,6 +43,20 @@ def test_sharegpt_names_are_messages_and_what_is_no_text_in_them_is_left_out():
     assert list(documents_of(rows, Columns(), "here").conversations[0]) == CHAT
 
 
+def test_content_in_parts_of_text_is_their_text_and_null_is_none():
+    parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "", "image_url": None}]
+    rows = {"messages": [[{"role": "system", "content": None}, CHAT[0], {"role": "assistant", "content": parts}]]}
+    (conversation,) = documents_of(rows, Columns(), "here").conversations
+    assert list(conversation) == [{"role": "system", "content": ""}, *CHAT]
+
+
+def test_prompts_and_completions_of_messages_are_one_conversation_each():
+    rows = {"prompt": [None, CHAT[:1]], "completion": [CHAT[1:], CHAT[1:]]}
+    documents = documents_of(rows, Columns(), "here")
+    assert (documents.kind, documents.columns) == ("chat", ("prompt", "completion"))
+    assert [list(conversation) for conversation in documents.conversations] == [CHAT[1:], CHAT]
+
+
 def test_rows_without_an_answer_are_left_out_and_counted():
     rows = {"prompt": ["p", "p", "p"], "response": ["r", " ", None]}
     documents = documents_of(rows, Columns(), "here")
@@ -57,7 +71,23 @@ def test_rows_without_an_answer_are_left_out_and_counted():
         ({"messages": [CHAT, "hello"]}, Columns(), "does not hold a list of messages .* in row 1"),
         ({"messages": [[{"role": "user"}]]}, Columns(), "strings role and content in row 0"),
         ({"prompt": ["p"], "response": [["r"]]}, Columns(), "column 'response' of here holds list in row 0"),
-        ({"messages": [CHAT[:1]]}, Columns(), "holds no answer of an assistant in messages"),
+        ({"messages": [CHAT[:1]]}, Columns(), r"holds no answer of an assistant in messages \(roles there: user\)"),
+        (
+            {"messages": [[{"role": "Human", "content": "a"}, {"role": "Bot", "content": "b"}]]},
+            Columns(),
+            r"\(roles there: Human, Bot\): give a file that has some, with the role assistant",
+        ),
+        (
+            {"messages": [[CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]]},
+            Columns(),
+            "calls a tool without a word in row 0.* leave such rows out",
+        ),
+        (
+            {"messages": [CHAT, [{"role": "user", "content": [{"type": "image_url", "text": None}]}, CHAT[1]]]},
+            Columns(),
+            "holds image_url beside text in row 1: leave such rows out",
+        ),
+        ({"prompt": [CHAT[:1]], "completion": ["b"]}, Columns(), "does not hold a list of messages .* in row 0"),
         ({"id": [1]}, Columns(), r"columns id.*data\.messages_column for chat"),
     ],
 )
