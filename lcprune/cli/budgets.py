@@ -119,6 +119,8 @@ def goal(budget: Budget | None, cli: RecipeCLI) -> Goal:
     callback, depth = collapse_of(cli), options.depth_of_teacher(cli)
     if budget is None:
         budget = Depth(_end_of_schedule(callback, depth))
+    if isinstance(budget, Depth):
+        _check_target_depth(budget.target_depth, depth)
     if callback.stages:
         raise InputError(
             "collapse.stages are for fit, which merges several times; without training one planner, operator and refit "
@@ -158,6 +160,13 @@ def _end_of_schedule(callback: ProgressiveCollapse, depth: int) -> int:
         options = ", ".join(name for name, *_ in OPTIONS)
         raise InputError(f"How short? The recipe has no collapse.schedule: give it one, or one of {options}.")
     return callback.schedule.target(depth)
+
+
+def _check_target_depth(target: int, depth: int) -> None:
+    try:
+        collapse.check_target_depth(target, depth)
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}: give another --target-depth.") from error
 
 
 def as_stored(config: PretrainedConfig) -> PreTrainedModel:

@@ -74,8 +74,8 @@ class Schedule:
         for when, target in milestones:
             if not 1 <= target < depth:
                 raise InputError(
-                    f"{self}: the target depth {target} must lie between 1 and {depth - 1}, "
-                    f"because the model has {depth} layers."
+                    f"{self}: the target depth {target} must lie between 1 and {depth - 1}, because the model has "
+                    f"{depth} layers: change collapse.schedule.target_depth (AtSteps has depths, EveryNSteps layers)."
                 )
             if target >= previous:
                 raise InputError(f"{self}: depth {target} at {self.unit} {when} does not go below {previous}.")

@@ -73,7 +73,7 @@ def test_collapse_to_an_impossible_depth_is_refused(
     config = write(tmp_path, recipe(tiny_folder, text_file(tmp_path), tmp_path / "run"))
     out = tmp_path / "short"
     assert main(["collapse", "--config", str(config), "--target-depth", str(target), "--out", str(out)]) == 2
-    assert f"target_depth={target} must lie between 1 and 5" in _sentence(capsys)
+    assert_says(capsys, (f"target_depth={target} must lie between 1 and 5", "give another --target-depth"))
     assert not out.exists()
 
 

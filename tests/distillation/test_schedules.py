@@ -41,7 +41,7 @@ def test_due_names_the_depth_at_a_milestone_and_nothing_between():
     [
         (AtSteps({5: 0}), "target depth 0 must lie between 1 and 29"),
         (AtSteps({5: 30}), "target depth 30 must lie between 1 and 29"),
-        (Evenly(30), "target depth 30 must lie between 1 and 29"),
+        (Evenly(30), "target depth 30 must lie between 1 and 29.*: change collapse.schedule.target_depth"),
         (Evenly(40, first=3), "target depth 40 must lie between 1 and 29"),
         (EveryNSteps(every=1, first=0, last=29), "target depth 0 must lie between 1 and 29"),
         (AtSteps({5: 20, 9: 20}), "depth 20 at step 9 does not go below 20"),
