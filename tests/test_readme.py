@@ -17,7 +17,6 @@ from lcprune.cli import HOMES, main
 from lcprune.cli.training import RecipeCLI
 from lcprune.demo import load_tokenizer
 from lcprune.distillation import checkpoint
-from lcprune.distillation.module import DistillationModule
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import from_spec, spec_of
