@@ -12,6 +12,7 @@ from lcprune.data.mixture import Part
 from lcprune.data.paths import Files, files_of
 from lcprune.data.sources import read_file, read_hub, stream_files, stream_hub
 from lcprune.data.streaming import Windows
+from lcprune.files import said
 
 LINEWISE = (".jsonl", ".csv", ".parquet")
 """Files that can be read row by row."""
@@ -97,6 +98,12 @@ class Origin:
 
     def mistakes(self) -> Iterator[str]:
         """What is wrong with the settings, in words."""
+        if not isinstance(self.dataset, str | None):
+            yield (
+                f"data.dataset={said(self.dataset)} must be the name of a data set on the hub: write one that is in "
+                'memory to a file (dataset.to_json("my.jsonl")) and name that with data.path'
+            )
+            return
         sources = {
             f"data.path={self.path}": self.path,
             f"data.dataset={self.dataset!r}": self.dataset,

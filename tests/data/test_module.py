@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from datasets import Dataset
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -320,6 +321,10 @@ def test_mistakes_are_told_all_at_once_before_anything_is_loaded(tmp_path: Path)
         ({"path": Path("nowhere.jsonl")}, "does not exist"),
         ({"path": Path("/dev/null")}, "is not a file"),
         ({"tokenizer": ""}, "data.tokenizer is empty"),
+        (
+            {"dataset": Dataset.from_dict({"text": ["a"]})},
+            r'data.dataset=<Dataset> .* \(dataset.to_json\("my.jsonl"\)\)',
+        ),
         ({"split": "test"}, "belong to data.dataset"),
         ({"dataset_config": "en"}, "belong to data.dataset"),
     ],
