@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lcprune.data.loader import ResumableLoader
 from lcprune.data.module import TextDataModule
 from lcprune.data.paths import Given
 from lcprune.errors import InputError
@@ -58,6 +59,23 @@ def test_compressed_file_is_what_is_in_it(kind: str, tmp_path: Path):
     plain.write_text(content[kind], encoding="utf-8")
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert texts_in(packed) == texts_in(plain)
+
+
+def test_run_does_not_go_on_in_files_of_which_one_has_changed(folder: Path, tiny_folder: Path):
+    def batches() -> ResumableLoader:
+        module = TextDataModule(tokenizer=tiny_folder, path=folder, block_size=8, batch_size=1, validation_fraction=0.1)
+        module.setup()
+        loader = module.train_dataloader()
+        assert isinstance(loader, ResumableLoader)
+        return loader
+
+    begun = batches()
+    next(iter(begun))
+    before = begun.state_dict()
+    batches().load_state_dict(before)
+    (folder / "b.jsonl").write_text('{"text": "document"}\n{"text": "another text"}')
+    with pytest.raises(InputError, match="resume with the same"):
+        batches().load_state_dict(before)
 
 
 def test_file_whose_name_looks_like_a_pattern_is_that_file(folder: Path):
