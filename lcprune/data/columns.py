@@ -177,7 +177,7 @@ def _in_a_row(prompts: Iterable[object], responses: Iterable[object]) -> Iterato
     """The messages of a prompt and those of its response as one conversation; what is no list is left as it is."""
     for pair in zip(prompts, responses, strict=True):
         lists = [part or [] for part in pair if isinstance(part, list | None)]
-        yield [*lists[0], *lists[1]] if len(lists) == len(pair) else None
+        yield [*lists[0], *lists[1]] if len(lists) == len(pair) else pair
 
 
 def _pair(number: int, values: Sequence[object], names: Sequence[str], source: str) -> Conversation:
