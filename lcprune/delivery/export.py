@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lcprune.delivery.card import model_card
-from lcprune.demo import load_tokenizer
+from lcprune.demo import load_tokenizer, name_of
 from lcprune.errors import DiskError, InputError, RunError
 from lcprune.files import PARTIAL, check_place, left_behind
 from lcprune.identity import write_checksums
@@ -48,7 +48,7 @@ def export(
     student: PreTrainedModel,
     out: Path | str,
     *,
-    tokenizer: PreTrainedTokenizerBase | str,
+    tokenizer: PreTrainedTokenizerBase | str | Path,
     history: MergeHistory,
     recipe: str | None = None,
     figures: Mapping[str, float] | None = None,
@@ -78,8 +78,8 @@ def export(
     _check_depth(student, history, "The student")
     _check_plain(student)
     out = Path(out).expanduser()
-    if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer)
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(name_of("tokenizer", tokenizer))
     with _replacing(out) as folder:
         student.save_pretrained(folder)
         _save_tokenizer(tokenizer, folder)

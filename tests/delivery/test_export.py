@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lcprune.delivery import export as delivery
 from lcprune.delivery.export import check_target, export
@@ -112,6 +112,12 @@ def test_compiled_student_whose_graphs_round_otherwise_is_exported(tmp_path: Pat
         layer.forward = torch.compile(layer.forward, backend=rounding)
     export(student, tmp_path / "out", tokenizer=tokenizer, history=HISTORY)
     assert size_of(tmp_path / "out") > 0
+
+
+def test_tokenizer_may_be_named_by_a_folder(tiny_folder: Path, tmp_path: Path):
+    out = export(tiny_llama(4), tmp_path / "short", tokenizer=tiny_folder, history=HISTORY)
+    ours, theirs = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (out, tiny_folder))
+    assert ours == theirs
 
 
 def test_export_keeps_history_and_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
