@@ -1,7 +1,8 @@
 """What tests of planners share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.criteria import Criterion
 from lcprune.merging.lineage import MergeStep
+from lcprune.merging.operators import LayerTensors, WeightedAverage
 from tests.builders import tiny_llama, token_batches
 
 
@@ -23,6 +25,25 @@ class Given(Criterion):
 
     def score(self, calibration: Calibration) -> tuple[float, ...]:
         return self.scores
+
+
+FRAGILE = 2.0**-9
+"""In the first weight of a layer's MLP: `Breaking` makes nothing of the layer."""
+
+
+@dataclass(frozen=True)
+class Breaking(WeightedAverage):
+    """As WeightedAverage, but what a fragile layer has part in is no number."""
+
+    def merge(self, members: Sequence[LayerTensors], *others: Any) -> dict[str, Tensor]:
+        merged = super().merge(members, *others)
+        fragile = any(member["mlp.down_proj.weight"][0, 0] == FRAGILE for member in members)
+        return {name: torch.full_like(tensor, nan) for name, tensor in merged.items()} if fragile else merged
+
+
+def make_fragile(layer: nn.Module) -> None:
+    with torch.no_grad():
+        layer.get_submodule("mlp.down_proj").weight[0, 0] = FRAGILE
 
 
 def overflowing() -> PreTrainedModel:

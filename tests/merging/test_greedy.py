@@ -18,7 +18,16 @@ from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
 from lcprune.merging.remeasure import measure_activity
 from tests.builders import FAMILIES, Family, tiny_llama, token_batches
-from tests.merging.planning import Given, assert_same, groups_of, layers_of, plain, weights_of
+from tests.merging.planning import (
+    Breaking,
+    Given,
+    assert_same,
+    groups_of,
+    layers_of,
+    make_fragile,
+    plain,
+    weights_of,
+)
 
 OPERATORS = [Drop(), Drop("first"), Drop("last"), Rdsc(), ReplaceWithLast(), WeightedAverage(), Concat()]
 
@@ -187,6 +196,13 @@ def test_search_goes_on_where_the_history_ends():
     surgery.apply(model, whole[0])
     later = Calibration(model, plain(), original=tiny_llama(), history=MergeHistory(6, whole[:1]))
     assert gone_in(GreedyPlanner().plan(later, Drop(), 3)) == gone_in(whole[1:])
+
+
+def test_merge_that_breaks_the_model_is_never_chosen_while_there_is_another():
+    model = tiny_llama()
+    make_fragile(layers_of(model)[0])  # of the merges that are tried first
+    steps = GreedyPlanner().plan(Calibration(model, plain()), Breaking(), 3)
+    assert (0,) in MergeHistory(6, steps).lineage
 
 
 def test_layer_that_breaks_the_model_is_refused():

@@ -25,7 +25,7 @@ from lcprune.merging.remeasure import Trail
 from tests.builders import FAMILIES, Family, tiny_llama, token_batches
 from tests.marks import slow
 from tests.merging.activities import loss_of, masked, measuring, passes
-from tests.merging.planning import assert_same, groups_of, layers_of, plain, weights_of
+from tests.merging.planning import Breaking, assert_same, groups_of, layers_of, make_fragile, plain, weights_of
 
 OPERATORS: list[Operator] = [Drop(), Drop("last"), Rdsc(), ReplaceWithLast(), WeightedAverage(), Concat()]
 LAST = AngularDistance(span=2, tokens="last")
@@ -104,6 +104,19 @@ def test_drop_keeps_the_member_that_turns_the_stream_more():
     kept = layers_of(model)[step.group[influences.index(max(influences))]].state_dict()
     surgery.apply(model, step)
     assert_same(layers_of(model)[step.base].state_dict(), dict(kept))
+
+
+def test_pair_behind_a_merge_that_broke_the_stream_is_never_scored_as_the_safest():
+    model = tiny_llama(6)
+    with torch.no_grad():
+        for layer in layers_of(model)[3:5]:  # so that they are chosen first
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.down_proj.weight.mul_(0.01)
+    make_fragile(layers_of(model)[3])
+    first, second = ProgressivePlanner().plan(Calibration(model, plain()), Breaking(), 4)
+    assert first.group == (3, 4)
+    assert second.group in [(0, 1), (1, 2)]
+    assert all(0 < share < 1 for share in second.shares)
 
 
 def test_plan_of_no_merges_is_empty():
