@@ -75,3 +75,12 @@ def write(folder: Path, content: dict[str, object]) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False), encoding="utf-8")
     return path
+
+
+def checkpointed(model: Path, folder: Path, **changes: object) -> Path:
+    """A run in `folder` that keeps a checkpoint of every step; merges at 0 and 3, six steps."""
+    folder.mkdir(exist_ok=True)
+    saving = {"save_last": True, "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
+    changes = {"trainer__callbacks": [callback], **changes}
+    return write(folder, recipe(model, text_file(folder), folder / "run", **changes))

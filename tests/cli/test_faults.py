@@ -3,9 +3,6 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,18 +15,9 @@ from lcprune.distillation import storing
 from lcprune.distillation.checkpoint import read
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.storing import newest_whole
-from tests.cli.recipe import recipe, text_file, write
+from tests.cli.recipe import checkpointed
 
 ROOT = Path(__file__).parents[2]
-
-
-def _config(model: Path, folder: Path, **changes: object) -> Path:
-    """A run in `folder` that keeps a checkpoint of every step; merges at 0 and 3, six steps."""
-    folder.mkdir(exist_ok=True)
-    saving = {"save_last": True, "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
-    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
-    changes = {"trainer__callbacks": [callback], **changes}
-    return write(folder, recipe(model, text_file(folder), folder / "run", **changes))
 
 
 def _fit(config: Path, *options: str) -> int:
@@ -52,7 +40,7 @@ def _said(capsys: pytest.CaptureFixture[str]) -> str:
 def whole(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What the run exports that nothing happens to."""
     folder = tmp_path_factory.mktemp("whole")
-    assert _fit(_config(tiny_folder, folder)) == 0
+    assert _fit(checkpointed(tiny_folder, folder)) == 0
     return _student(folder)
 
 
@@ -90,7 +78,7 @@ def test_sigterm_ends_with_143_and_the_run_goes_on_as_if_nothing_had_been(
     monkeypatch: pytest.MonkeyPatch,
 ):
     in_step(4, _terminate)
-    config = _config(tiny_folder, tmp_path)
+    config = checkpointed(tiny_folder, tmp_path)
     path = tmp_path / "run" / "checkpoints" / "sigterm.ckpt"
     assert _fit(config) == 143
     assert _said(capsys) == f"lcprune: stopped by SIGTERM after optimizer step 4: go on with --ckpt_path {path}."
@@ -111,7 +99,7 @@ def broken_off(
 ) -> Path:
     """The checkpoints of a run that was stopped after step 4."""
     in_step(4, _terminate)
-    assert _fit(_config(tiny_folder, tmp_path)) == 143
+    assert _fit(checkpointed(tiny_folder, tmp_path)) == 143
     monkeypatch.undo()
     capsys.readouterr()
     return tmp_path / "run" / "checkpoints"
@@ -123,7 +111,7 @@ def test_last_passes_over_damaged_checkpoints_and_says_so(
     for name in ("sigterm", "last", "step=4"):
         _spoil(broken_off / f"{name}.ckpt")
     folder = broken_off.parents[1]
-    assert _fit(_config(tiny_folder, folder), "--ckpt_path", "last") == 0
+    assert _fit(checkpointed(tiny_folder, folder), "--ckpt_path", "last") == 0
     said = _said(capsys)
     assert f"--ckpt_path last: {broken_off / 'step=3.ckpt'} (" in said
     assert f"{broken_off / 'sigterm.ckpt'}" in said
@@ -144,7 +132,7 @@ def test_last_is_no_checkpoint_of_the_run_before_where_a_new_one_was_cut_before_
     capsys: pytest.CaptureFixture[str],
 ):
     folder = broken_off.parents[1]
-    config = _config(tiny_folder, folder)
+    config = checkpointed(tiny_folder, folder)
     in_step(1, _cut)
     with pytest.raises(OSError, match="the machine is gone"):
         _fit(config)
@@ -173,7 +161,7 @@ def test_last_passes_over_checkpoints_of_weights_alone_and_says_so(
 ):
     _lighten(broken_off / "step=3.ckpt")
     folder = broken_off.parents[1]
-    assert _fit(_config(tiny_folder, folder), "--ckpt_path", "last") == 0
+    assert _fit(checkpointed(tiny_folder, folder), "--ckpt_path", "last") == 0
     said = _said(capsys)
     assert f"--ckpt_path last: {broken_off / 'sigterm.ckpt'} (" in said
     assert f"{broken_off / 'step=3.ckpt'} newer, but weights without the optimizer's state)" in said
@@ -188,7 +176,7 @@ def test_weights_alone_are_refused_as_the_beginning_of_a_run(
         _lighten(path) if path.name == "step=3.ckpt" else path.unlink()
     folder = broken_off.parents[1]
     path = named if named == "last" else str(broken_off / named)
-    assert _fit(_config(tiny_folder, folder), "--ckpt_path", path) == 2
+    assert _fit(checkpointed(tiny_folder, folder), "--ckpt_path", path) == 2
     assert "without the optimizer's state (save_weights_only)" in _said(capsys)
 
 
@@ -198,7 +186,7 @@ def test_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(
     _spoil(broken_off / "sigterm.ckpt")
     _spoil(broken_off / "last.ckpt")
     folder = broken_off.parents[1]
-    assert _fit(_config(tiny_folder, folder), "--ckpt_path", str(broken_off / "last.ckpt")) == 2
+    assert _fit(checkpointed(tiny_folder, folder), "--ckpt_path", str(broken_off / "last.ckpt")) == 2
     assert f"the newest whole one in its folder is {broken_off / 'step=4.ckpt'}, name that." in _said(capsys)
 
 
@@ -214,14 +202,14 @@ def test_last_of_damaged_checkpoints_alone_is_refused(
 ):
     for path in broken_off.iterdir():
         _spoil(path)
-    assert _fit(_config(tiny_folder, broken_off.parents[1]), "--ckpt_path", "last") == 2
+    assert _fit(checkpointed(tiny_folder, broken_off.parents[1]), "--ckpt_path", "last") == 2
     assert "ckpt_path=last: no checkpoint is whole" in _said(capsys)
 
 
 def test_last_without_checkpoints_begins_a_run(
     tiny_folder: Path, tmp_path: Path, whole: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
 ):
-    assert _fit(_config(tiny_folder, tmp_path), "--ckpt_path", "last") == 0
+    assert _fit(checkpointed(tiny_folder, tmp_path), "--ckpt_path", "last") == 0
     assert "no checkpoint yet in" in _said(capsys)
     assert _equal(_student(tmp_path), whole)
 
@@ -241,7 +229,7 @@ def test_full_disk_at_a_checkpoint_leaves_the_one_before(
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(storing.torch, "save", save)
-    assert _fit(_config(tiny_folder, tmp_path)) == 1
+    assert _fit(checkpointed(tiny_folder, tmp_path)) == 1
     said = _said(capsys)
     assert "step=3.ckpt cannot be written (File too large)" in said
     assert "make room, then go on with --ckpt_path last." in said
@@ -262,7 +250,7 @@ def test_loss_that_is_no_number_is_one_sentence_and_leaves_the_last_good_checkpo
         return real(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(DistillationModule, "_taught", taught)
-    assert _fit(_config(tiny_folder, tmp_path)) == 1
+    assert _fit(checkpointed(tiny_folder, tmp_path)) == 1
     said = _said(capsys)
     assert "optimizer step 3: the loss is nan in batch 2 of epoch 0 (training blocks " in said
     assert "\n" not in said
@@ -283,7 +271,7 @@ def test_no_memory_is_one_sentence_that_says_what_to_lower(
     act: Callable[[], object],
 ):
     in_step(2, act)
-    assert _fit(_config(tiny_folder, tmp_path)) == 1
+    assert _fit(checkpointed(tiny_folder, tmp_path)) == 1
     said = _said(capsys)
     assert said.startswith("lcprune: not enough memory (")
     assert "lower data.batch_size" in said
@@ -304,110 +292,3 @@ def test_no_memory_is_one_sentence_that_says_what_to_lower(
 def test_errors_of_the_machine_are_told_from_defects(error: Exception, words: str | None):
     said = failures.sentence(error)
     assert said is None if words is None else words in str(said)
-
-
-class Ranks:
-    """A run of two processes, begun by Lightning's launcher as a user would."""
-
-    def __init__(self, config: Path, *options: str) -> None:
-        self.folder = config.parent / "run"
-        self.first = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "lcprune", "fit", "--config", str(config), *options],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def wait_for(self, name: str) -> None:
-        """Until a checkpoint is there."""
-        until = time.monotonic() + 240
-        while not (self.folder / "checkpoints" / name).exists():
-            assert self.first.poll() is None, self.first.communicate()[1][-3000:]
-            assert time.monotonic() < until
-            time.sleep(0.05)
-
-    @property
-    def second(self) -> int:
-        """The process of rank 1."""
-        children = Path(f"/proc/{self.first.pid}/task/{self.first.pid}/children").read_text().split()
-        return next(int(child) for child in children if b"lcprune" in Path(f"/proc/{child}/cmdline").read_bytes())
-
-    def end(self, seconds: float = 60) -> tuple[int, str]:
-        """Status and last words of the first."""
-        try:
-            words = self.first.communicate(timeout=seconds)[1]
-        except subprocess.TimeoutExpired:
-            self.first.kill()
-            raise
-        return self.first.returncode, words
-
-
-def _gone(process: int, seconds: float = 60) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def test_rank_ends_when_its_launcher_is_gone():
-    """With gloo an exchange breaks off at once; with NCCL a rank can wait in it: here it sleeps."""
-    rank = "import time; from lcprune.cli.ranks import end_with_launcher as end; end(0.1); print('up', flush=True)"
-    launcher = (
-        "import os, subprocess, sys; "
-        f"p = subprocess.Popen([sys.executable, '-c', {rank + '; time.sleep(100)'!r}], env=os.environ, stderr=2); "
-        "print(p.pid, flush=True); p.wait()"
-    )
-    first = subprocess.Popen(
-        [sys.executable, "-c", launcher],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert first.stdout is not None
-    second = int(first.stdout.readline())
-    assert first.stdout.readline() == "up\n"
-    assert not _gone(second, 0.5)
-    first.kill()
-    assert _gone(second, 30)
-    assert "rank 0 died" in first.communicate()[1]
-
-
-TWO = {"trainer__devices": 2, "trainer__strategy": "ddp", "trainer__max_steps": 400, "trainer__max_epochs": -1}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", ["first", "second"])
-def test_rank_that_dies_takes_the_others_with_it_within_a_minute(tiny_folder: Path, tmp_path: Path, victim: str):
-    ranks = Ranks(_config(tiny_folder, tmp_path, **TWO))
-    ranks.wait_for("step=3.ckpt")
-    first, second = ranks.first.pid, ranks.second
-    os.kill({"first": first, "second": second}[victim], signal.SIGKILL)
-    status, words = ranks.end()
-    assert _gone(second)
-    assert status != 0
-    assert victim == "first" or "Traceback" not in words or "another rank broke off" in words
-    assert newest_whole(tmp_path / "run" / "checkpoints")[0] is not None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("told", ["first", "second"])
-def test_sigterm_to_one_rank_stops_all_behind_the_same_step(tiny_folder: Path, tmp_path: Path, told: str):
-    ranks = Ranks(_config(tiny_folder, tmp_path, **TWO))
-    ranks.wait_for("step=3.ckpt")
-    first, second = ranks.first.pid, ranks.second
-    os.kill({"first": first, "second": second}[told], signal.SIGTERM)
-    status, words = ranks.end()
-    assert _gone(second)
-    assert status == 143, words[-3000:]
-    assert "stopped by SIGTERM after optimizer step" in words
-    record = read(tmp_path / "run" / "checkpoints" / "sigterm.ckpt")
-    assert (record.history.depth, len(record.rng)) == (4, 2)

@@ -20,18 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`litmodels`", "ignore:The `srun`
 THIN = ("--samples", "0", "--blocks", "0")
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `lcprune fit` that has ended; copied before it is changed."""
-    folder = tmp_path_factory.mktemp("fit")
-    content = recipe(tiny_folder, text_file(folder), folder / "run")
-    assert main(["fit", "--config", str(write(folder, content))]) == 0
-    return folder / "run"
-
-
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+    return Path(shutil.copytree(finished / "run", tmp_path / "run"))
 
 
 def text_of(run: Path) -> str:
@@ -104,13 +95,13 @@ def test_report_says_how_to_run_again_from_the_start_and_into_another_folder(run
     assert "--out again/student --ckpt_path null" in text_of(run)
 
 
-def test_report_of_what_fit_has_exported_says_fit(finished: Path):
-    assert main(["report", str(finished / "student"), *THIN]) == 0
-    assert "lcprune fit --config" in text_of(finished / "student")
+def test_report_of_what_fit_has_exported_says_fit(run: Path):
+    assert main(["report", str(run / "student"), *THIN]) == 0
+    assert "lcprune fit --config" in text_of(run / "student")
 
 
 def test_report_of_a_run_that_began_with_a_student_compares_with_it(finished: Path, tiny_folder: Path, tmp_path: Path):
-    changes = {"collapse__schedule": None, "trainer__max_steps": 2, "model__student": str(finished / "student")}
+    changes = {"collapse__schedule": None, "trainer__max_steps": 2, "model__student": str(finished / "run" / "student")}
     content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", **changes)
     assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
     assert main(["report", str(tmp_path / "run"), "--samples", "0"]) == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcprune import AtSteps, DistillationModule, Lora, ProgressiveCollapse
+from lcprune import AtSteps, DistillationModule, Evenly, Lora, ProgressiveCollapse
 from lcprune.delivery.export import export
 from lcprune.distillation.checkpoint import load_student
 from lcprune.errors import InputError
@@ -205,3 +205,23 @@ def test_folder_of_another_kind_is_one_sentence(tiny_folder: Path, short: Path, 
     (folder / "history.json").write_text(history.to_json(), encoding="utf-8")
     with pytest.raises(InputError, match=r"has 4 layers, its history\.json says 5"):
         _ = runs.student_of(tiny_folder, student=folder).history
+
+
+def test_second_fit_of_a_module_merges_on_from_where_the_first_one_ended(tiny_folder: Path, text: Path, tmp_path: Path):
+    module = runs.student_of(tiny_folder)
+    for depth in (5, 4):
+        trainer = runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(depth)), max_steps=2)
+        trainer.fit(module, datamodule=runs.data_for(tiny_folder, text))
+        assert module.student.config.num_hidden_layers == depth
+    assert [step.global_step for step in module.history.steps] == [None, 0]
+
+
+def test_second_fit_of_a_module_that_is_short_enough_is_refused(tiny_folder: Path, text: Path, tmp_path: Path):
+    module = runs.student_of(tiny_folder)
+    runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=2).fit(
+        module, datamodule=runs.data_for(tiny_folder, text)
+    )
+    with pytest.raises(InputError, match="target depth 5 must lie between 1 and 4, because the model has 5 layers"):
+        runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=2).fit(
+            module, datamodule=runs.data_for(tiny_folder, text)
+        )

@@ -1,6 +1,6 @@
 """When merges happen and what they bring along; the oracle: stop, do the surgery on the checkpoint, go on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
-from torch.utils.data import DataLoader, IterableDataset
 
 from lcprune import (
     AtSteps,
@@ -28,7 +27,6 @@ from lcprune import (
     OneShotRanking,
     ProgressiveCollapse,
     Schedule,
-    TextDataModule,
     WeightedAverage,
 )
 from lcprune.distillation import callbacks as callbacks_room
@@ -37,7 +35,6 @@ from lcprune.distillation.checkpoint import KEY
 from lcprune.distillation.standing import Standing
 from lcprune.errors import InputError
 from lcprune.merging import surgery
-from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from tests.distillation import runs
 
@@ -249,52 +246,6 @@ def test_stochastic_weight_averaging_is_refused_without_merges_too(fit: Fit):
         fit(ProgressiveCollapse(), StochasticWeightAveraging(swa_lrs=1e-3))
 
 
-class Validated(LightningDataModule):
-    """Trains on a text, validates on what it is given."""
-
-    def __init__(self, inner: TextDataModule, loaders: object) -> None:
-        super().__init__()
-        self.inner, self.loaders = inner, loaders
-
-    def setup(self, stage: str | None = None) -> None:
-        self.inner.setup()
-
-    def train_dataloader(self) -> object:
-        return self.inner.train_dataloader()
-
-    def val_dataloader(self) -> object:
-        return self.loaders
-
-    def calibration_batches(self) -> list[Batch]:
-        return self.inner.calibration_batches()
-
-
-class Endless(IterableDataset[Batch]):
-    """Batches without a length."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
-
-
-def test_validation_without_a_length_is_measured_at_a_merge(tiny_folder: Path, text: Path, tmp_path: Path):
-    inner, module = runs.data_for(tiny_folder, text), runs.student_of(tiny_folder)
-    loader = DataLoader(Endless(inner.calibration_batches()), batch_size=None)
-    trainer = runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=1, limit_val_batches=1.0)
-    trainer.fit(module, datamodule=Validated(inner, loader))
-    assert module.history.steps[-1].measured["val/perplexity"] > 1
-
-
-def test_several_validation_loaders_are_refused_in_one_sentence(tiny_folder: Path, text: Path, tmp_path: Path):
-    inner = runs.data_for(tiny_folder, text)
-    loaders = [DataLoader(Endless(inner.calibration_batches()), batch_size=None)] * 2
-    trainer = runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=1, limit_val_batches=1.0)
-    with pytest.raises(InputError, match="validates on one loader"):
-        trainer.fit(runs.student_of(tiny_folder), datamodule=Validated(inner, loaders))
-
-
 @pytest.mark.parametrize(("schedule", "times"), [(Evenly(5), 1), (ByTokens(AtSteps({64: 5})), 7)])
 def test_only_a_schedule_that_goes_by_tokens_lets_ranks_meet_at_every_step(
     schedule: Schedule, times: int, fit: Fit, monkeypatch: pytest.MonkeyPatch
@@ -308,26 +259,6 @@ def test_only_a_schedule_that_goes_by_tokens_lets_ranks_meet_at_every_step(
     monkeypatch.setattr(Standing, "tokens", counting)
     fit(ProgressiveCollapse(schedule), max_steps=4)
     assert len(asked) == times
-
-
-def test_second_fit_of_a_module_merges_on_from_where_the_first_one_ended(tiny_folder: Path, text: Path, tmp_path: Path):
-    module = runs.student_of(tiny_folder)
-    for depth in (5, 4):
-        trainer = runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(depth)), max_steps=2)
-        trainer.fit(module, datamodule=runs.data_for(tiny_folder, text))
-        assert module.student.config.num_hidden_layers == depth
-    assert [step.global_step for step in module.history.steps] == [None, 0]
-
-
-def test_second_fit_of_a_module_that_is_short_enough_is_refused(tiny_folder: Path, text: Path, tmp_path: Path):
-    module = runs.student_of(tiny_folder)
-    runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=2).fit(
-        module, datamodule=runs.data_for(tiny_folder, text)
-    )
-    with pytest.raises(InputError, match="target depth 5 must lie between 1 and 4, because the model has 5 layers"):
-        runs.trainer_for(tmp_path, ProgressiveCollapse(Evenly(5)), max_steps=2).fit(
-            module, datamodule=runs.data_for(tiny_folder, text)
-        )
 
 
 @pytest.mark.usefixtures("nothing_loaded")
@@ -443,49 +374,3 @@ def test_best_score_right_after_a_merge_is_not_the_deeper_students(fit: Fit, tin
     assert isinstance(best, ModelCheckpoint)
     assert best.best_model_score is not None
     assert best.best_model_score < 1
-
-
-@pytest.mark.parametrize(("limit", "batches"), [(0.5, 1), (1.0, 3), (1, 1), (2, 2), (9, 3)])
-def test_measurement_takes_the_batches_that_validation_takes(
-    fit: Fit, tiny_folder: Path, text: Path, tmp_path: Path, limit: float, batches: int, monkeypatch: pytest.MonkeyPatch
-):
-    seen = []
-    observe = DistillationModule.observe
-    monkeypatch.setattr(
-        DistillationModule, "observe", lambda *given: (seen.append(len(given[1]["labels"])), observe(*given))
-    )
-    module = runs.student_of(tiny_folder)
-    data = runs.data_for(tiny_folder, text, validation_blocks=6)
-    trainer = runs.trainer_for(tmp_path, limit_val_batches=limit)
-    trainer.validate(module, data, verbose=False)
-    by_lightning = len(seen)
-    callbacks_room.measure(trainer, module)
-    assert (by_lightning, len(seen) - by_lightning) == (batches, batches)
-
-
-def test_merge_without_validation_measures_nothing_it_has_not_seen(fit: Fit):
-    module, _ = fit(runs.two_merges(), limit_val_batches=0)
-    assert module.history.depth == 4
-    for step in module.history.steps:
-        assert step.measured == {}
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-def test_data_without_a_validation_loader_is_merged_unmeasured(tiny_folder: Path, text: Path, tmp_path: Path):
-    class TrainingOnly(LightningDataModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.source = runs.data_for(tiny_folder, text)
-            self.calibration_batches = self.source.calibration_batches
-
-        def setup(self, stage: str) -> None:
-            self.source.trainer = self.trainer
-            self.source.setup(stage)
-
-        def train_dataloader(self) -> object:
-            return self.source.train_dataloader()
-
-    module = runs.student_of(tiny_folder)
-    trainer = runs.trainer_for(tmp_path, runs.two_merges(), max_steps=9)
-    trainer.fit(module, datamodule=TrainingOnly())
-    assert [step.measured for step in module.history.steps] == [{}, {}]
