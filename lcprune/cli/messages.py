@@ -111,11 +111,17 @@ def _unknown_setting(name: str, settings: Iterable[str]) -> str:
     first = name.partition(".")[0]
     if first not in (groups := {setting.partition(".")[0] for setting in known}):
         return f"{first!r} is not a setting{_did_you_mean(first, list(groups)) or ':'} compare `lcprune fit --help`."
-    beside = (setting for setting in known if setting.partition(".")[0] == first)
-    near = max(beside, key=lambda setting: _likeness(name, setting))
-    if _likeness(name, near) < ALIKE:  # what belongs to another section, perhaps
-        near = max(known, key=lambda setting: _likeness(name, setting))
-    guess = f", did you mean {near}?" if _likeness(name, near) >= ALIKE else ":"
+    parts = name.split(".")
+    heads = (".".join(parts[:number]) for number in range(2, len(parts) + 1))
+    wrong = next((head for head in heads if not any(f"{setting}.".startswith(f"{head}.") for setting in known)), name)
+
+    def alike(setting: str) -> float:
+        return max(_likeness(name, setting), _likeness(wrong, setting))
+
+    near = max((setting for setting in known if setting.partition(".")[0] == first), key=alike)
+    if alike(near) < ALIKE:  # what belongs to another section, perhaps
+        near = max(known, key=alike)
+    guess = f", did you mean {near}?" if alike(near) >= ALIKE else ":"
     return f"{name!r} is not a setting{guess} compare `lcprune fit --help`."
 
 

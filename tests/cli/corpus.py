@@ -331,6 +331,10 @@ COMMANDS: dict[str, tuple[list[str], Parts]] = {
     "missing recipe": (["fit", "--config", "nowhere.yaml"], ("nowhere.yaml", "does not exist", "check the path")),
     "option cut short": (["fit", "--model.objectiv", "Logits"], ("'model.objectiv'", "did you mean model.objective?")),
     "misspelt option": (["fit", "--trainer.max_stepz", "3"], ("max_stepz", "did you mean")),
+    "misspelt section of a setting": (
+        ["fit", "--model.optimiser.lr", "3"],
+        ("'model.optimiser.lr'", "did you mean model.optimizer?"),
+    ),
     "option of a class, without it": (
         ["fit", "--collapse.targetdepth", "3"],
         ("'collapse.targetdepth'", "did you mean collapse.schedule.target_depth?"),
