@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcprune import demo, weights
@@ -16,8 +17,6 @@ from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.files import write_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lcprune.cli.training import RecipeCLI
 
 
@@ -41,7 +40,7 @@ def close(cli: "RecipeCLI") -> None:
     trainer.strategy.barrier()
 
 
-def _deliver(cli: "RecipeCLI", final: dict[str, float], folder: "Path") -> None:
+def _deliver(cli: "RecipeCLI", final: dict[str, float], folder: Path) -> None:
     module, out = cli.model, cli.export_to
     assert out is not None
     export(
@@ -58,7 +57,7 @@ def _deliver(cli: "RecipeCLI", final: dict[str, float], folder: "Path") -> None:
     tables.closing(figures, out)
 
 
-def _figures(cli: "RecipeCLI", final: dict[str, float], out: "Path") -> Figures:
+def _figures(cli: "RecipeCLI", final: dict[str, float], out: Path) -> Figures:
     module = cli.model
     batch = next(iter(cli.datamodule.val_dataloader()))
     teacher = module.teacher.model

@@ -40,7 +40,7 @@ from lcprune.distillation.cache import TeacherCache, TrainingBlocks, check_level
 from lcprune.distillation.faults import LossWatch
 from lcprune.distillation.fingerprint import Fingerprint, fingerprint_of
 from lcprune.distillation.levels import Level, Logits
-from lcprune.distillation.optim import Rewarming
+from lcprune.distillation.optim import Rewarming, settings
 from lcprune.distillation.pair import TRUE
 from lcprune.distillation.passes import frozen_prefix
 from lcprune.distillation.phases import Begin, Now, Phase
@@ -332,9 +332,10 @@ class DistillationModule(Resumable, Stepping):
         whats = [phase.trained(self.train_usually) for phase in self.phases]
         optimizer = self.make_optimizer(iter(trained_room.ever_trained(self.student, whats)))
         let_gradients_go(optimizer)
-        if self.make_scheduler is None:
+        scheduler = None if self.make_scheduler is None else self.make_scheduler(optimizer)
+        self._asked = settings(optimizer)
+        if scheduler is None:
             return optimizer
-        scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # type: ignore[return-value]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

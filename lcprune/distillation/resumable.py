@@ -58,7 +58,7 @@ class Resumable(Evaluated):
         self.resume_from: Path | None = None
         """Checkpoint that a sharded run goes on from, where `trainer.ckpt_path` does not say so before `fit`."""
         self._rng: RngState | None = None  # with which a resumed run goes on
-        self._asked: list[list[dict[str, object]]] = []  # settings of the optimizers, before a checkpoint has its say
+        self._asked: list[dict[str, object]] = []  # settings of the optimizer as it was made, see `optim.settings`
         self._prefix_is_original = True  # whether layers before the first merged one are the teacher's, value by value
 
     @classmethod
@@ -87,19 +87,15 @@ class Resumable(Evaluated):
         """Whether a checkpoint has been loaded and training has not gone on from it yet."""
         return self._rng is not None
 
-    def on_fit_start(self) -> None:
-        """Remembers how the optimizers were made; behind this a checkpoint puts its own settings into them."""
-        self._asked = [optim.settings(optimizer) for optimizer in self.trainer.optimizers]
-
     def go_on(self) -> None:
         """Goes on with an interrupted run: its random numbers, and what the recipe now says of the optimizer."""
         if self._rng is None:
             return
         restore_rng_state(self._rng)
         self._rng = None
-        schedulers = {id(config.scheduler.optimizer): config.scheduler for config in self.trainer.lr_scheduler_configs}
-        for optimizer, asked in zip(self.trainer.optimizers, self._asked, strict=True):
-            optim.take_over(optimizer, asked, schedulers.get(id(optimizer)))
+        if self._asked:
+            schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            optim.take_over(self.trainer.optimizers[0], self._asked, schedulers[0] if schedulers else None)
 
     def begin_anew(self) -> None:
         """Makes merges that another `fit` of the same module has made those of before this one."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine
@@ -64,10 +64,11 @@ def test_other_peak_and_curve_count_from_the_resume_on(run: Run, caplog: pytest.
     assert "lr [0.0001] (was [0.01]), floor 0.1 (was 0.5)" in caplog.text
 
 
-def test_nothing_is_said_where_nothing_was_changed(run: Run, caplog: pytest.LogCaptureFixture):
-    run()
+@pytest.mark.parametrize("schedule", [runs.COSINE, partial(OneCycleLR, max_lr=1e-2, total_steps=9), None])
+def test_nothing_is_said_where_nothing_was_changed(schedule: object, run: Run, caplog: pytest.LogCaptureFixture):
+    run(lr_scheduler=schedule)
     with caplog.at_level(logging.INFO):
-        run(goes_on=True)
+        run(goes_on=True, lr_scheduler=schedule)
     assert "from here on" not in caplog.text
 
 
