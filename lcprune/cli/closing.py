@@ -1,28 +1,43 @@
 """What `fit` does when training is done: it measures and exports the student, and says what became of it."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+from transformers import PreTrainedTokenizerBase
 
 from lcprune import demo, weights
 from lcprune.cli import tables
+from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import export
 from lcprune.delivery.figures import Figures, model_figures, throughput
 from lcprune.delivery.runs import FIGURES
 from lcprune.distillation import adapters, averaging, sharded
 from lcprune.distillation.callbacks import measure
+from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.quantized import holds_packed
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.files import write_text
 
-if TYPE_CHECKING:
-    from lcprune.cli.training import RecipeCLI
+
+@dataclass(frozen=True)
+class Delivery:
+    """Where a student goes, and what goes with it."""
+
+    out: Path
+    """Its own folder."""
+    run: Path
+    """The run's, for the figures."""
+    tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    recipe: str
+    """As it was resolved."""
 
 
-def close(cli: "RecipeCLI") -> None:
+def close(trainer: Trainer, module: DistillationModule, data: TextDataModule, delivery: Delivery) -> None:
     """Measures, exports and tells, after the trainer has torn down; all ranks."""
-    module, trainer = cli.model, cli.trainer
+    assert module.teacher is not None, "nothing was trained"
     averaging.finish(trainer, module)
     if sharded.is_sharded(module.student):
         final = measure(trainer, module)
@@ -34,33 +49,29 @@ def close(cli: "RecipeCLI") -> None:
         adapters.fold(module.student)
         cast(module.student, stored_dtype(module.teacher_config))
         final = measure(trainer, module)
-    folder = cli.run_folder  # asks all ranks
     if trainer.is_global_zero:
-        _deliver(cli, final, folder)
+        _deliver(module, data, delivery, final)
     trainer.strategy.barrier()
 
 
-def _deliver(cli: "RecipeCLI", final: dict[str, float], folder: Path) -> None:
-    module, out = cli.model, cli.export_to
-    assert out is not None
+def _deliver(module: DistillationModule, data: TextDataModule, delivery: Delivery, final: dict[str, float]) -> None:
     export(
         module.student,
-        out,
-        tokenizer=cli.tokenizer,
+        delivery.out,
+        tokenizer=delivery.tokenizer,
         history=replace(module.history, teacher=demo.public_name(module.teacher_name)),
-        recipe=cli.recipe_text,
+        recipe=delivery.recipe,
         figures=final,
         license=demo.license_of(module.teacher_name),
     )
-    figures = _figures(cli, final, out)
-    write_text(folder / FIGURES, json.dumps(figures.to_dict(), indent=2) + "\n")
-    tables.closing(figures, out)
+    figures = _figures(module, data, delivery.out, final)
+    write_text(delivery.run / FIGURES, json.dumps(figures.to_dict(), indent=2) + "\n")
+    tables.closing(figures, delivery.out)
 
 
-def _figures(cli: "RecipeCLI", final: dict[str, float], out: Path) -> Figures:
-    module = cli.model
-    batch = next(iter(cli.datamodule.val_dataloader()))
-    teacher = module.teacher.model
+def _figures(module: DistillationModule, data: TextDataModule, out: Path, final: dict[str, float]) -> Figures:
+    assert module.teacher is not None
+    batch, teacher = next(iter(data.val_dataloader())), module.teacher.model
     return Figures(
         teacher=model_figures(teacher, weights.folder_of(module.teacher_name)),
         student=model_figures(module.student, out),

@@ -25,8 +25,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from lcprune import __version__, demo, weights
-from lcprune.cli import closing, messages, named, nulls, recipe_files
+from lcprune.cli import messages, named, nulls, recipe_files
 from lcprune.cli.bars import TrainingBar
+from lcprune.cli.closing import Delivery, close
 from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
@@ -279,8 +280,11 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Exports the student and prints what became of it."""
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            closing.close(self)
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        assert self.export_to is not None
+        delivery = Delivery(self.export_to, self.run_folder, self.tokenizer, self.recipe_text)
+        close(self.trainer, self.model, self.datamodule, delivery)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

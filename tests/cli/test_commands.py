@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lcprune import cli
-from lcprune.cli import closing, main
+from lcprune.cli import main
 from lcprune.cli.bars import TrainingBar
 from lcprune.cli.quiet import quieten
+from lcprune.cli.training import RecipeCLI
 from lcprune.merging.lineage import MergeHistory
 from tests.builders import save_tiny, tiny_llama
 from tests.cli.recipe import recipe, text_file, write
@@ -121,13 +122,13 @@ def test_student_writes_conversations_as_it_has_learned_to(
     chat = tmp_path / "chat.jsonl"
     chat.write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = recipe(tiny_folder, chat, tmp_path / "run", data__chat_template=str(template))
-    said, deliver = template.read_text(), closing.close
+    said, deliver = template.read_text(), RecipeCLI.after_fit
 
     def edited_meanwhile(*given: object) -> None:
         template.unlink()
         deliver(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(closing, "close", edited_meanwhile)
+    monkeypatch.setattr(RecipeCLI, "after_fit", edited_meanwhile)
     assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
     last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert main(["export", last, "--out", str(tmp_path / "short")]) == 0
