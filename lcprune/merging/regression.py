@@ -81,16 +81,18 @@ def best_strength(fitted: Sums, held_out: Sums, strengths: Sequence[float]) -> f
 
 
 def token_weights(target_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Weight [B, T] of every token: min(1, median |h|^2 / |h|^2), 0 where masked.
+    """Weight [B, T] of every token: min(1, median |h| / |h|), 0 where masked; the lower median of the tokens that count.
 
-    A few tokens (the first of a sequence above all) carry activations hundreds of times the usual (2402.17762); in a
-    sum of squares they would be all that counts.
+    A few tokens (the first of a sequence above all) carry activations hundreds of times the usual (2402.17762): in a
+    sum of squares they would be all that counts. With the squares of these weights they would count as little as any
+    other token, although all others attend to them: where the layer that makes the massive activation is gone, the
+    refit has to make it anew.
     """
-    energy_BT = target_BTD.float().square().sum(-1)
-    counted = energy_BT if mask_BT is None else energy_BT[mask_BT]
+    length_BT = target_BTD.float().norm(dim=-1)
+    counted = length_BT if mask_BT is None else length_BT[mask_BT]
     if not len(counted):
-        return torch.zeros_like(energy_BT)
-    weights_BT = (counted.median() / energy_BT.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1)
+        return torch.zeros_like(length_BT)
+    weights_BT = (counted.median() / length_BT.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1)
     return weights_BT if mask_BT is None else weights_BT * mask_BT
 
 

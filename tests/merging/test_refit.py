@@ -139,8 +139,8 @@ def test_ridge_is_least_squares_where_it_hardly_shrinks():
     weight = layer.mlp.down_proj.weight.detach().clone()
     z = torch.cat([each.flatten(0, 1) for each in inputs]).double()
     e = torch.cat([(b - a).flatten(0, 1) for a, b in zip(reached, wanted, strict=True)]).double()
-    energy = [state.square().sum(-1) for state in wanted]
-    root = torch.cat([(each.median() / each).clamp(max=1).flatten() for each in energy]).sqrt().double()[:, None]
+    length = [state.norm(dim=-1) for state in wanted]
+    root = torch.cat([(each.median() / each).clamp(max=1).flatten() for each in length]).sqrt().double()[:, None]
     expected = weight.double() + torch.linalg.lstsq(z * root, e * root).solution.T
     _refit(RidgeRefit(layers="merged", projections="mlp", strengths=[1e-10]), student, teacher, lineage)
     torch.testing.assert_close(layer.mlp.down_proj.weight.detach().double(), expected, rtol=1e-3, atol=1e-3)

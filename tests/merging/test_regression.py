@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from lcprune.merging.regression import Sums, best_strength, held_out_sequences, token_weights
 
@@ -105,9 +106,9 @@ def test_best_strength_is_weak_where_the_relation_is_true_and_strong_where_it_is
 
 
 def test_token_weights_are_literal():
-    # squared lengths 1, 4, 16, 400: the (lower) median is 4
+    # lengths 1, 2, 4, 20: the (lower) median is 2
     state = torch.tensor([[[1.0, 0], [2, 0], [4, 0], [20, 0]]])
-    torch.testing.assert_close(token_weights(state, None), torch.tensor([[1.0, 1.0, 0.25, 0.01]]))
+    torch.testing.assert_close(token_weights(state, None), torch.tensor([[1.0, 1.0, 0.5, 0.1]]))
 
 
 def test_tokens_that_are_all_masked_weigh_nothing():
@@ -118,7 +119,20 @@ def test_tokens_that_are_all_masked_weigh_nothing():
 def test_masked_tokens_weigh_nothing_and_move_no_median():
     state = torch.tensor([[[1.0, 0], [2, 0], [4, 0], [20, 0]]])
     mask = torch.tensor([[True, True, True, False]])
-    torch.testing.assert_close(token_weights(state, mask), torch.tensor([[1.0, 1.0, 0.25, 0.0]]))
+    torch.testing.assert_close(token_weights(state, mask), torch.tensor([[1.0, 1.0, 0.5, 0.0]]))
+
+
+def test_a_massive_activation_that_is_gone_is_made_anew():
+    generator = torch.Generator().manual_seed(0)
+    wanted = normalize(torch.randn(16, 128, 16, generator=generator), dim=-1)
+    lacking, inputs = 0.3 * wanted, torch.randn(16, 128, 512, generator=generator)
+    wanted[:, 0] = lacking[:, 0] = 130 * wanted[0, 0]  # the first token of every sequence, which looks the same in each
+    inputs[..., 0], inputs[:, 0] = 0.0, 0.0
+    inputs[:, 0, 0] = 512**0.5  # ... and has a channel of its own, as long as the others' inputs
+    sums = Sums.zeros(512, 16, wanted.device)
+    sums.add(inputs.flatten(0, 1), lacking.flatten(0, 1), token_weights(wanted, None).flatten())
+    regained = inputs[0, 0].double() @ sums.solve(0.03)
+    assert regained.norm() > 32  # with the square of the weights it is 1
 
 
 @pytest.mark.parametrize(("count", "fraction", "expected"), [(8, 0.25, {2, 6}), (2, 0.1, {1}), (3, 0.99, {0, 2})])
