@@ -81,7 +81,7 @@ def best_strength(fitted: Sums, held_out: Sums, strengths: Sequence[float]) -> f
 
 
 def token_weights(target_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Weight [B, T] of every token: min(1, median |h| / |h|), 0 where masked; the lower median of the tokens that count.
+    """Weight [B, T] of every token: min(1, median |h| / |h|) by the lower median of those that count, 0 where masked.
 
     A few tokens (the first of a sequence above all) carry activations hundreds of times the usual (2402.17762): in a
     sum of squares they would be all that counts. With the squares of these weights they would count as little as any
