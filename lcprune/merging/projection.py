@@ -95,8 +95,8 @@ class ProjectionFit:
         """Writes the better weights, unless the error would not fall, on all tokens or on the held-out ones."""
         everything, strength = self._fitted + self._held_out, self._strengths[0]
         if self._held:
-            strength = best_strength(self._fitted, self._held_out, self._strengths)
-            if not self._held_out.error(self._fitted.solve(strength)) < self._held_out.energy:
+            strength, error = best_strength(self._fitted, self._held_out, self._strengths)
+            if not error < self._held_out.energy:
                 return
         change_ID = everything.solve(strength)
         old_DI, bias_D = self._weight_DI, self._bias

@@ -74,10 +74,11 @@ class Sums:
         return torch.cholesky_solve(self.cross_ID, factor)
 
 
-def best_strength(fitted: Sums, held_out: Sums, strengths: Sequence[float]) -> float:
-    """The strength whose solution on `fitted` leaves the least error on `held_out`; the largest among equals."""
+def best_strength(fitted: Sums, held_out: Sums, strengths: Sequence[float]) -> tuple[float, float]:
+    """The strength whose solution on `fitted` leaves the least error on `held_out` (the largest of equals), and it."""
     errors = {strength: held_out.error(fitted.solve(strength)) for strength in strengths}
-    return min(sorted(strengths, reverse=True), key=errors.__getitem__)
+    best = min(sorted(strengths, reverse=True), key=errors.__getitem__)
+    return best, errors[best]
 
 
 def token_weights(target_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:

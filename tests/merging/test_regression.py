@@ -101,8 +101,10 @@ def test_best_strength_is_weak_where_the_relation_is_true_and_strong_where_it_is
     strengths = [1e-4, 1.0, 1e4]
     true = [_sums(inputs[part], truth[part]) for part in (slice(0, 16), slice(16, 24))]
     chance = [_sums(inputs[part], noise[part]) for part in (slice(0, 16), slice(16, 24))]
-    assert best_strength(*true, strengths) == 1e-4
-    assert best_strength(*chance, strengths) > 1e-4
+    strength, error = best_strength(*true, strengths)
+    assert strength == 1e-4
+    assert error == true[1].error(true[0].solve(1e-4)) < 0.01 * true[1].energy
+    assert best_strength(*chance, strengths)[0] > 1e-4
 
 
 def test_token_weights_are_literal():
