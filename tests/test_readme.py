@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from lcprune import DistillationModule, TextDataModule
 from lcprune.cli import HOMES, main
 from lcprune.cli.training import RecipeCLI
-from lcprune.demo import load_tokenizer
 from lcprune.distillation import checkpoint
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import from_spec, spec_of
+from lcprune.models import load_tokenizer
 from tests.builders import save_tiny, tiny_llama
 from tests.cli.recipe import text_file
 

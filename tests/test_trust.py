@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from lcprune import weights
 from lcprune.cli import main
-from lcprune.demo import load_tokenizer, read_config
 from lcprune.distillation.teacher import load
 from lcprune.errors import InputError
+from lcprune.models import load_tokenizer, read_config
 from tests.builders import tiny_llama
 from tests.cli.recipe import recipe, text_file, write
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerBase
 
-from lcprune import demo, weights
+from lcprune import models, weights
 from lcprune.cli import tables
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import export
@@ -59,10 +59,10 @@ def _deliver(module: DistillationModule, data: TextDataModule, delivery: Deliver
         module.student,
         delivery.out,
         tokenizer=delivery.tokenizer,
-        history=replace(module.history, teacher=demo.public_name(module.teacher_name)),
+        history=replace(module.history, teacher=models.public_name(module.teacher_name)),
         recipe=delivery.recipe,
         figures=final,
-        license=demo.license_of(module.teacher_name),
+        license=models.license_of(module.teacher_name),
     )
     figures = _figures(module, data, delivery.out, final)
     write_text(delivery.run / FIGURES, json.dumps(figures.to_dict(), indent=2) + "\n")

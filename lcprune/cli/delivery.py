@@ -7,7 +7,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lcprune import demo, weights
+from lcprune import models, weights
 from lcprune.cli.arguments import CommandParser
 from lcprune.cli.quiet import quieten
 from lcprune.cli.subjects import look_at
@@ -86,10 +86,10 @@ def _exported(checkpoint: Path, out: Path) -> Path:
     export(
         student,
         out,
-        tokenizer=with_template(demo.load_tokenizer(teacher), template),
-        history=replace(record.history, teacher=demo.public_name(teacher)),
+        tokenizer=with_template(models.load_tokenizer(teacher), template),
+        history=replace(record.history, teacher=models.public_name(teacher)),
         recipe=recipe,
-        license=demo.license_of(teacher),
+        license=models.license_of(teacher),
     )
     print(f"student: {out}")
     return out

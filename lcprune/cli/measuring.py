@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lcprune import __version__, demo, weights
+from lcprune import __version__, weights
 from lcprune.cli.heldout import HeldOutText
 from lcprune.cli.subjects import Subject
 from lcprune.delivery import choices, decoding, harness, speed
@@ -24,6 +24,7 @@ from lcprune.distillation import comparison
 from lcprune.distillation.pair import Storage
 from lcprune.distillation.teacher import DtypeName, Teacher, load
 from lcprune.merging.progress import track
+from lcprune.models import load_tokenizer, public_name
 
 PROMPTS, WRITTEN = 8, 128
 """Texts that repetition is looked for in, and tokens that each model adds at most."""
@@ -122,7 +123,7 @@ def evaluated(job: Job, tasks: Tasks, known: Known) -> Evaluation:
         tasks: What it is asked.
         known: Answers so far; the teacher's are added.
     """
-    tokenizer = demo.load_tokenizer(job.subject.model)
+    tokenizer = load_tokenizer(job.subject.model)
     models, text = _read_text(job)
     answers = _answered(job, models, tokenizer, tasks, known)
     prompts = _prompts(job.text.batches)
@@ -130,7 +131,7 @@ def evaluated(job: Job, tasks: Tasks, known: Known) -> Evaluation:
     rates = _timed(models, job.text.batches[0]["input_ids"], prompts[0])
     figures = {
         who: ModelEvaluation(
-            name=demo.public_name(job.subject.name if who == "student" else job.names[who]),
+            name=public_name(job.subject.name if who == "student" else job.names[who]),
             size=model_figures(model, weights.folder_of(job.names[who])),
             perplexity=text.perplexity[who],
             tasks=answers[who],

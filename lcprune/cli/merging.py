@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lcprune import demo
+from lcprune import models
 from lcprune.cli import bars, budgets, options, streaming, tables
 from lcprune.cli.machines import OneDevice
 from lcprune.cli.quiet import quieten
@@ -58,7 +58,7 @@ def _collapse(arguments: list[str]) -> None:
     cli = OneDevice(recipe_arguments, own.device)
     if not own.plan_only:
         check_target(own.out, cli.model.teacher_name)
-    name = demo.public_name(cli.model.teacher_name)
+    name = models.public_name(cli.model.teacher_name)
     if given is not None and given.teacher not in ("", name):
         raise InputError(f"--plan {own.plan} was made for {given.teacher!r}, model.teacher is {name!r}: name that one.")
     if given is not None:
@@ -117,5 +117,5 @@ def _deliver(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI, out:
         tokenizer=cli.tokenizer,
         history=history,
         recipe=cli.recipe_text,
-        license=demo.license_of(cli.model.teacher_name),
+        license=models.license_of(cli.model.teacher_name),
     )

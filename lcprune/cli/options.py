@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedModel
 
-from lcprune import demo, weights
+from lcprune import models, weights
 from lcprune.cli.arguments import CommandParser
 from lcprune.cli.training import RecipeCLI
 from lcprune.distillation.beforehand import say_if_slow
@@ -98,7 +98,7 @@ def depth_of_teacher(cli: RecipeCLI) -> int:
 
 def load_model(own: argparse.Namespace, cli: RecipeCLI) -> PreTrainedModel:
     """The recipe's teacher on its trainer's device, in the dtype that was asked for, else in the recipe's."""
-    demo.load_tokenizer(cli.model.teacher_name)  # text and export need it: a bad one is refused first
+    models.load_tokenizer(cli.model.teacher_name)  # text and export need it: a bad one is refused first
     dtype: DtypeName = own.dtype or cli.model.weights_dtype
     if dtype == "bfloat16":
         say_if_slow(cli.trainer.strategy.root_device, "--dtype bfloat16", "--dtype float32")

@@ -17,8 +17,8 @@ from lcprune.cli.machines import StandIns
 from lcprune.cli.quiet import quieten
 from lcprune.data.corpus import Corpus
 from lcprune.data.packing import Packed
-from lcprune.demo import load_tokenizer
 from lcprune.errors import InputError
+from lcprune.models import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lcprune import demo
+from lcprune import models
 from lcprune.cli import bars, options
 from lcprune.cli.arguments import CommandParser
 from lcprune.cli.heldout import first_blocks
@@ -96,7 +96,7 @@ def _with_history(found: Run) -> Run:
     note = f"The end of the run: it has not finished, the family tree is that of its checkpoint {path.name}."
     return replace(
         found,
-        history=replace(history, teacher=demo.public_name(history.teacher)),
+        history=replace(history, teacher=models.public_name(history.teacher)),
         missing=(*found.missing, note),
     )
 
@@ -137,7 +137,7 @@ def _pair(found: Run, own: Namespace) -> _Pair:
         raise InputError(f"there are no weights of the student{f'; {way}' if way else ' (RUN/student)'}.")
     if not found.teacher:
         raise InputError("neither recipe nor history names the original.")
-    config = demo.read_config(found.teacher)
+    config = models.read_config(found.teacher)
     depth = layout_of(config).depth_of(config)
     if depth != found.history.teacher_depth:
         raise InputError(
@@ -201,4 +201,4 @@ def _untrained(pair: _Pair, batches: Sequence[Batch]) -> PreTrainedModel:
 
 def _samples(pair: _Pair, count: int) -> tuple[Sample, ...]:
     begun = prompts(pair.data.val_dataloader(), count)
-    return side_by_side(pair.teacher, pair.student, demo.load_tokenizer(pair.run.teacher), begun)
+    return side_by_side(pair.teacher, pair.student, models.load_tokenizer(pair.run.teacher), begun)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lcprune import api, demo
+from lcprune import api, models
 from lcprune.cli import bars, options, tables
 from lcprune.cli.machines import OneDevice
 from lcprune.cli.quiet import quieten
@@ -67,4 +67,4 @@ def _measured(model: PreTrainedModel, cli: RecipeCLI) -> pictures.Scores:
     batches = cli.datamodule.calibration_batches()
     with bars.shown():
         scores = api.score(model, batches)
-    return replace(scores, model=demo.public_name(cli.model.teacher_name))
+    return replace(scores, model=models.public_name(cli.model.teacher_name))

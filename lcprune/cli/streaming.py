@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
 
-from lcprune import demo, weights
+from lcprune import models, weights
 from lcprune.cli import bars, budgets, tables
 from lcprune.cli.training import RecipeCLI, collapse_of
 from lcprune.delivery.export import export_stream
@@ -49,7 +49,7 @@ def collapse(own: argparse.Namespace, cli: RecipeCLI, given: MergeHistory | None
         check_operator(callback.operator)
         _check_refit(callback)
     name = cli.model.teacher_name
-    demo.read_generation_config(name)  # it goes with the student: a bad one is refused first
+    models.read_generation_config(name)  # it goes with the student: a bad one is refused first
     stored = StoredModel(
         cli.model.teacher_config,
         weights_folder(name),
@@ -59,7 +59,7 @@ def collapse(own: argparse.Namespace, cli: RecipeCLI, given: MergeHistory | None
     if given is None:
         assert goal is not None
         given = _plan(stored, cli, goal)
-    history = replace(given, teacher=demo.public_name(name))
+    history = replace(given, teacher=models.public_name(name))
     tables.plan(history)
     if own.plan_only:
         write_text(own.out, history.to_json())
@@ -94,7 +94,7 @@ def weights_folder(name: str) -> Path:
         InputError: There is no such model, it cannot be fetched, or its weights are not those that were exported.
     """
     weights.check(name)
-    place = Path(demo.resolve(name))
+    place = Path(models.resolve(name))
     if place.is_dir():
         return place
     try:
@@ -136,7 +136,7 @@ def _check_refit(callback: ProgressiveCollapse) -> None:
 def _export(stored: StoredModel, history: MergeHistory, out: Path, cli: RecipeCLI) -> None:
     name = cli.model.teacher_name
     student = student_of(stored, history, stored_dtype(cli.model.teacher_config))
-    if (generation := demo.read_generation_config(name)) is not None:
+    if (generation := models.read_generation_config(name)) is not None:
         student.generation_config = generation
     export_stream(
         student,
@@ -145,5 +145,5 @@ def _export(stored: StoredModel, history: MergeHistory, out: Path, cli: RecipeCL
         tokenizer=cli.tokenizer,
         history=history,
         recipe=cli.recipe_text,
-        license=demo.license_of(name),
+        license=models.license_of(name),
     )

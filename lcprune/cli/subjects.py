@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from transformers import PretrainedConfig
 
-from lcprune import demo, weights
+from lcprune import models, weights
 from lcprune.delivery.export import RECIPE
 from lcprune.delivery.runs import student_of, unfinished
 from lcprune.errors import InputError
@@ -44,11 +44,11 @@ class Subject:
         """
         told = None if self.history is None else self.history.teacher or None
         named = None if self.recipe is None else _teacher_in(self.recipe)
-        return named if named is not None and told in (None, demo.public_name(named)) and self.history else told
+        return named if named is not None and told in (None, models.public_name(named)) and self.history else told
 
     def check_teacher(self, teacher: str) -> None:
         """Raises InputError for a teacher that this model cannot be compared with."""
-        config = demo.read_config(teacher)
+        config = models.read_config(teacher)
         depth = layout_of(config).depth_of(config)
         if self.history is not None and self.history.teacher_depth != depth:
             raise InputError(

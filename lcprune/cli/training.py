@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
-from lcprune import __version__, demo, weights
+from lcprune import __version__, models, weights
 from lcprune.cli import messages, named, nulls, recipe_files
 from lcprune.cli.bars import TrainingBar
 from lcprune.cli.closing import Delivery, close
@@ -289,7 +289,7 @@ class RecipeCLI(LightningCLI):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The student's: the teacher's, which writes conversations as the text was read."""
-        return with_template(demo.load_tokenizer(self.model.teacher_name), self.template)
+        return with_template(models.load_tokenizer(self.model.teacher_name), self.template)
 
     @cached_property
     def template(self) -> str | None:
@@ -305,7 +305,7 @@ class RecipeCLI(LightningCLI):
     def predict(self, **kwargs: object) -> None:
         """Runs Lightning's predict and writes one JSON line per block."""
         batches = self.trainer.predict(**kwargs)  # type: ignore[arg-type]
-        tokenizer = demo.load_tokenizer(self.model.teacher_name)
+        tokenizer = models.load_tokenizer(self.model.teacher_name)
         rank = self.trainer.global_rank
         path = self.run_folder / f"predictions{f'-{rank}' if rank else ''}.jsonl"
         rows = [

@@ -9,11 +9,11 @@ import re
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lcprune import demo, weights
+from lcprune import models, weights
 from lcprune.errors import InputError, RunError, reason
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class Author:
     def __init__(self, name: str, prompts: Sequence[str]) -> None:
         self.name = name
         self.prompts = prompts
-        self.config: PretrainedConfig = demo.read_config(name).get_text_config()
-        self.tokenizer: PreTrainedTokenizerBase = demo.load_tokenizer(name)
+        self.config: PretrainedConfig = models.read_config(name).get_text_config()
+        self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(name)
 
     def check(self, tokens: int) -> None:
         """Refuses texts longer than the positions that the model knows."""
@@ -137,27 +137,16 @@ class Author:
 
 def load(name: str) -> "PreTrainedModel":
     """The model in bfloat16 on this process's GPU, or as it is stored on the CPU."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    weights.check(name, "data.generate.model")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            demo.resolve(name),
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.bfloat16 if gpu else "auto",
-            device_map={"": device},
-            ignore_mismatched_sizes=True,  # they are told of, too
-            output_loading_info=True,
+        return weights.load(
+            name, "data.generate.model", dtype=torch.bfloat16 if gpu else "auto", device_map={"": device}
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(
             f"model {name!r} cannot write the text of data.generate ({reason(error)}): name a causal language model "
             "with its weights in data.generate.model."
         ) from error
-    model: PreTrainedModel = loaded[0]
-    weights.check_loaded(model, loaded[1], f"data.generate.model={name!r}")
-    return model

@@ -32,9 +32,10 @@ from lcprune.data.origin import Origin
 from lcprune.data.packing import Blocks, Packed, Packing, batch_of, packed, training_batch_of
 from lcprune.data.paths import Given, files_of
 from lcprune.data.streaming import Share, StreamLoader
-from lcprune.demo import DEMO, load_tokenizer, name_of
+from lcprune.demo import DEMO
 from lcprune.errors import InputError
 from lcprune.files import path_of
+from lcprune.models import load_tokenizer, name_of
 
 FRACTION = 0.05
 """Of the text, held out unless the user says otherwise."""

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lcprune.delivery.card import model_card
-from lcprune.demo import load_tokenizer, name_of
 from lcprune.errors import DiskError, InputError, RunError
 from lcprune.files import PARTIAL, check_place, left_behind
 from lcprune.identity import write_checksums
@@ -28,6 +27,7 @@ from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import HISTORY, MergeHistory
 from lcprune.merging.shards import SHARD_BYTES, ShardWriter
 from lcprune.merging.streaming import stored_tensors
+from lcprune.models import load_tokenizer, name_of
 from lcprune.weights import size_of
 
 RECIPE = "recipe.yaml"

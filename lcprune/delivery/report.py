@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lcprune import demo
+from lcprune import models
 from lcprune.delivery import page, pictures, sections
 from lcprune.delivery.card import short_name
 from lcprune.delivery.export import RECIPE
@@ -106,7 +106,7 @@ def _facts(run: Run) -> tuple[tuple[str, str], ...]:
 def _public(teacher: str) -> str:
     """A hub name as it is, and of a folder its own name: where it lies is nobody else's business."""
     local = teacher.startswith(("/", "~", "."))
-    return short_name(teacher) if local else demo.public_name(teacher)
+    return short_name(teacher) if local else models.public_name(teacher)
 
 
 def _command(run: Run) -> str:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lcprune import demo
+from lcprune import models
 from lcprune.distillation.fingerprint import DEPTH, differences, fingerprint_of
 from lcprune.distillation.teacher import DtypeName, load
 from lcprune.distillation.trained import ids_behind
@@ -52,14 +52,14 @@ def history_of(folder: Path, teacher: str, original: PretrainedConfig) -> MergeH
             f"model.student={str(folder)!r} holds no weights (*.safetensors): it is not whole, export anew."
         )
     history = MergeHistory.load(folder / HISTORY)
-    named = demo.public_name(teacher)
+    named = models.public_name(teacher)
     another = bool(history.teacher) and not _same_model(history.teacher, named)
     if another and not _beyond_comparison(history.teacher, named):
         raise InputError(
             f"model.student={str(folder)!r} descends from {history.teacher!r}, model.teacher is {teacher!r}: name that "
             f"teacher, or if they are the same model, delete 'teacher' and 'sha256' in the student's {HISTORY}."
         )
-    config = demo.read_config(str(folder))
+    config = models.read_config(str(folder))
     layers = layout_of(config).depth_of(config)
     if layers != history.depth:
         raise InputError(f"model.student={str(folder)!r} has {layers} layers, its {HISTORY} says {history.depth}.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lcprune import demo
+from lcprune import models
 from lcprune.distillation import adapters, quantized
 from lcprune.distillation.adapters import Lora
 from lcprune.distillation.fingerprint import Fingerprint, differences, fingerprint_of
@@ -147,7 +147,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     """
     checkpoint = load_file(path)
     record = Record.of(checkpoint)
-    config = demo.read_config(record.history.teacher)
+    config = models.read_config(record.history.teacher)
     record.check_fits(record.history.teacher, fingerprint_of(config))
     mend_config(config, record.history.steps)
     weights = checkpoint["state_dict"]
@@ -170,7 +170,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     model.load_state_dict({**quantized.packed_weights(model), **tensors}, assign=True)
     model.tie_weights()
     adapters.fold(model)
-    if (generation := demo.read_generation_config(record.history.teacher)) is not None:
+    if (generation := models.read_generation_config(record.history.teacher)) is not None:
         model.generation_config = generation
     return model.eval(), record
 

@@ -6,19 +6,18 @@ parameter is not trained nor merged there is one copy of it in memory; surgery g
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from lcprune import demo, weights
+from lcprune import models, weights
 from lcprune.distillation import adapters, quantized
 from lcprune.distillation.head import Head
 from lcprune.distillation.passes import Call, States, Wanted, calls_without_running, forward
 from lcprune.distillation.quantized import Packed
-from lcprune.errors import InputError, reason
+from lcprune.errors import InputError
 from lcprune.merging.architectures import check_config, layout_of
 from lcprune.merging.calibration import HEAD_FIELDS, Batch
 from lcprune.merging.streaming import without_weights
@@ -95,29 +94,18 @@ def load(
         packed: Its layers' weights in fewer bits.
         named: The setting that names it, for the error.
     """
-    config = demo.read_config(name)
+    config = models.read_config(name)
     layout_of(config)
     check_config(config, f"{named}={name!r}")
-    weights.check(name, named)
-    demo.read_generation_config(name)
+    models.read_generation_config(name)
     kind = getattr(torch, dtype)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            demo.resolve(name),
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=kind,
-            device_map={"": torch.device(device)},
-            quantization_config=None if packed is None else quantized.config_for(packed, kind),
-            ignore_mismatched_sizes=True,  # they are told of, too
-            output_loading_info=True,
-        )
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"The weights of {named}={name!r} cannot be loaded ({reason(error)}): save or fetch the model anew."
-        ) from error
-    model: PreTrainedModel = loaded[0]
-    weights.check_loaded(model, loaded[1], f"{named}={name!r}")
+    model = weights.load(
+        name,
+        named,
+        dtype=kind,
+        device_map={"": torch.device(device)},
+        quantization_config=None if packed is None else quantized.config_for(packed, kind),
+    )
     quantized.settle(model)
     return model
 

@@ -34,12 +34,13 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lcprune import Boundary, DistillationModule, Evenly, Local, Logits, ProgressiveCollapse, RidgeRefit, TextDataModule
-from lcprune.demo import DEMO, load_tokenizer
+from lcprune.demo import DEMO
 from lcprune.distillation.levels import Level
 from lcprune.distillation.optim import RewarmingCosine
 from lcprune.distillation.phases import Phase
 from lcprune.merging.calibration import Batch, evaluating, hidden_states, token_loss
 from lcprune.merging.criteria import perplexity
+from lcprune.models import load_tokenizer
 from tests.benchmarks.results import Result, Results
 from tests.benchmarks.yardstick import Yardstick
 

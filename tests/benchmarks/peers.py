@@ -34,8 +34,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lcprune import Calibration, Drop, FixedPlan
-from lcprune.demo import resolve
 from lcprune.merging import surgery
+from lcprune.models import resolve
 from tests.benchmarks import shapes
 from tests.benchmarks.contestants import CONTESTANTS, Work
 from tests.benchmarks.shapes import add_arguments, pairs, teacher_of

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lcprune.delivery import choices
 from lcprune.delivery.choices import Question
-from lcprune.demo import DEMO, load_tokenizer
+from lcprune.demo import DEMO
 from lcprune.distillation.teacher import load
+from lcprune.models import load_tokenizer
 from tests.benchmarks.yardstick import Yardstick
 
 TASKS = ("piqa", "arc_easy")

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lcprune.demo import DEMO, load_tokenizer
+from lcprune.demo import DEMO
 from lcprune.distillation.teacher import load
 from lcprune.merging import operators
 from lcprune.merging.architectures import layout_of
@@ -47,6 +47,7 @@ from lcprune.merging.concat import Concat
 from lcprune.merging.criteria import OutputSimilarity
 from lcprune.merging.planners import ThresholdPlanner
 from lcprune.merging.progressive import ProgressivePlanner
+from lcprune.models import load_tokenizer
 from tests.benchmarks.memory import resident
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "laco_released.yaml"

@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lcprune.demo import DEMO, load_tokenizer
+from lcprune.demo import DEMO
+from lcprune.models import load_tokenizer
 from tests.benchmarks.yardstick import EVALUATION_START
 
 PIECE, PIECES = 2000, 350

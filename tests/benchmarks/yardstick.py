@@ -40,11 +40,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lcprune.demo import DEMO, load_tokenizer
+from lcprune.demo import DEMO
 from lcprune.distillation.teacher import load
 from lcprune.errors import InputError
 from lcprune.merging.calibration import Batch, evaluating, hidden_states, token_loss
 from lcprune.merging.criteria import perplexity
+from lcprune.models import load_tokenizer
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.methods import DEFAULT, METHODS, OPERATORS, PLANNERS, REFITS, Method, named
 from tests.benchmarks.results import Result, Results, grids, shown, table

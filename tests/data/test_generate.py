@@ -13,8 +13,8 @@ from lcprune.data import author
 from lcprune.data.author import Author
 from lcprune.data.generate import Generate, text_file
 from lcprune.data.module import TextDataModule
-from lcprune.demo import load_tokenizer
 from lcprune.errors import DiskError, InputError
+from lcprune.models import load_tokenizer
 from tests.builders import EOS, PAD, save_tiny, tiny_llama
 
 SMALL = {"documents": 7, "tokens": 9, "batch_size": 3}

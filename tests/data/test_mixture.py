@@ -8,8 +8,8 @@ import torch
 
 from lcprune.data.mixture import Part, shares
 from lcprune.data.module import TextDataModule
-from lcprune.demo import load_tokenizer
 from lcprune.errors import InputError
+from lcprune.models import load_tokenizer
 
 
 def taken(masks: list[torch.Tensor], lengths: list[torch.Tensor]) -> list[int]:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from lcprune.demo import DEMO, load_tokenizer
+from lcprune.demo import DEMO
 from lcprune.distillation.teacher import load
 from lcprune.errors import InputError
 from lcprune.merging.calibration import Batch
 from lcprune.merging.collapse import collapse
 from lcprune.merging.planners import ThresholdPlanner
+from lcprune.models import load_tokenizer
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.methods import METHODS, OPERATORS, named
 from tests.benchmarks.results import Results, grids, shown
