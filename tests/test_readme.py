@@ -1,17 +1,21 @@
 """What the README shows can be typed: its commands parse, its Python runs (on a tiny model), its files exist."""
 
+import json
 import math
 import re
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from lightning.pytorch import Callback, Trainer
 from transformers import PreTrainedModel
 
+import lcprune
 from lcprune import DistillationModule, TextDataModule
 from lcprune.cli import HOMES, main
 from lcprune.cli.training import RecipeCLI
@@ -30,6 +34,9 @@ COMMANDS = re.findall(r"^(lcprune [^#\n]*)", SHELL, re.MULTILINE)
 BENCHMARKS = re.findall(r"python (tests/benchmarks/\w+\.py)((?: +(?!#)[^`#\n]*)?)", README)
 TRAINING = re.findall(r"^lcprune ((?:fit|validate|test|predict) [^#\n]*)", README, re.MULTILINE)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+HELPS = re.findall(r"`lcprune (fit --[\w.]+\.help) (\w+)`", README)
+FOLDED = re.compile(r"^<details><summary>[^\n]+</summary>\n\n(.*?)\n\n</details>\n+", re.DOTALL | re.MULTILINE)
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -55,7 +62,60 @@ def test_command_of_the_readme_makes_every_object(command: str, here: Path, monk
 
 def test_readme_has_the_commands_and_blocks_that_these_tests_look_at():
     assert len(TRAINING) >= 4
+    assert len(HELPS) >= 1
     assert sum("my-model" in block for block in PYTHON) == 3
+
+
+def test_readme_is_short_where_it_is_unfolded():
+    assert len(FOLDED.sub("", README).splitlines()) < 500
+
+
+def test_folded_part_of_the_readme_is_markdown_with_a_title():
+    assert FOLDED.search(README) is not None
+    assert "details>" not in FOLDED.sub("", README)
+    assert "details>" not in "".join(FOLDED.findall(README))
+
+
+def test_line_of_the_readme_is_no_longer_than_128_characters_outside_of_tables_and_code():
+    assert [line for line in PROSE.splitlines() if len(line) > 128 and not line.startswith("|")] == []
+
+
+def test_tree_of_the_readme_has_every_room():
+    rooms = {path.parent.name for path in (ROOT / "lcprune").glob("*/__init__.py")}
+    tree = re.search(r"^```\nlcprune/ (.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert tree is not None
+    assert set(re.findall(r"^  (\w+)/ ", tree[1], re.MULTILINE)) == rooms
+
+
+def test_memory_in_the_readme_is_that_of_the_overlay():
+    overlay = (ROOT / "recipes" / "models" / "llama-3.2-1b.yaml").read_text(encoding="utf-8")
+    memory = next(line for line in overlay.splitlines() if line.startswith("# Memory:"))
+    said = README.partition("**What it takes.**")[2].partition("\n\n")[0]
+    assert re.findall(r"\d+\.\d+(?= GiB| more)", said) == re.findall(r"\d+\.\d+(?= GiB| more)", memory)
+
+
+@pytest.mark.parametrize(("command", "name"), HELPS)
+def test_help_of_a_class_in_the_readme_shows_its_settings(command: str, name: str, capsys: pytest.CaptureFixture[str]):
+    with suppress(SystemExit):
+        main([*shlex.split(command), name])
+    shown = capsys.readouterr().out
+    assert name in shown
+    assert {field.name for field in fields(getattr(lcprune, name)) if f".{field.name} " not in shown} == set()
+
+
+def test_texts_of_the_readme_are_written_as_the_benchmarks_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # As the hub has them: WikiText's blank lines are empty, GSM8K has its own names.
+    sets = {
+        "Salesforce/wikitext": {"text": ["", " = A = \n", "", " Caf\u00e9 <unk> . \n"]},
+        "openai/gsm8k": {"question": ["1 + 1?"], "answer": ["2"]},
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: datasets.Dataset.from_dict(sets[name]))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(next(block for block in PYTHON if "load_dataset" in block), "README.md", "exec"), {})
+    written = Path("wikitext2_tokens_valid.txt").read_text(encoding="utf-8")
+    assert written == " \n = A = \n \n Caf\u00e9 <unk> . \n"
+    rows = [json.loads(line) for line in Path("gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == [{"prompt": "1 + 1?", "response": "2"}]
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if "my-model" in block])
@@ -143,5 +203,6 @@ def test_test_that_the_readme_names_exists(test: str):
 
 @pytest.mark.parametrize("anchor", sorted(set(re.findall(r"\]\(#([\w-]+)\)", README))))
 def test_link_in_the_readme_has_a_heading(anchor: str):
-    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    # As GitHub makes anchors: punctuation goes, blanks become hyphens.
+    headings = [re.sub(r"[^\w -]", "", heading) for heading in re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)]
     assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
