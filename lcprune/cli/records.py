@@ -3,6 +3,7 @@
 fit                  what an earlier run has left of its account goes into former.1 and so on, and it is noted there
                      which checkpoints are its: they stay where they are, and `--ckpt_path last` passes them over
 fit --ckpt_path      the metrics so far become metrics.1.csv and so on
+fast_dev_run         a trial of the code: it writes nothing, and removes nothing
 validate, test       log into validate.csv, test.csv
 """
 
@@ -11,6 +12,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -32,6 +35,12 @@ def say_where(folder: Path, asked: str | None) -> None:
             f"the run is kept in {folder}, where trainer.logger writes, and not in trainer.default_root_dir={asked}: "
             "to move it, set the logger's save_dir, too"
         )
+
+
+def leave_nothing(trainer: Trainer) -> None:
+    """Takes the callbacks away that write checkpoints: Lightning's write `last` at the end of a fast_dev_run, too."""
+    kept = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]  # type: ignore[attr-defined]
+    trainer.callbacks = kept  # type: ignore[attr-defined]
 
 
 @rank_zero_only

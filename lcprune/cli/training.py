@@ -31,7 +31,7 @@ from lcprune.cli.closing import Delivery, close
 from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
-from lcprune.cli.records import keep_metrics, keep_template, log_apart, put_aside, say_where
+from lcprune.cli.records import keep_metrics, keep_template, leave_nothing, log_apart, put_aside, say_where
 from lcprune.cli.resuming import checkpoints, last_checkpoint, last_state, requeued_from, run_folder
 from lcprune.data.chat import with_template
 from lcprune.data.module import TextDataModule
@@ -197,10 +197,11 @@ class RecipeCLI(LightningCLI):
         say_where(self.run_folder, self._get(self.config_init, "trainer", default={}).get("default_root_dir"))
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
         check_target(self.export_to, self.model.teacher_name)
-        self.trainer.callbacks.append(SaveOnSignal())  # type: ignore[attr-defined]  # behind Lightning's own
         self._read_text()
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # leaves nothing
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            leave_nothing(self.trainer)
             return
+        self.trainer.callbacks.append(SaveOnSignal())  # type: ignore[attr-defined]  # behind Lightning's own
         if self._get(self.config_init, "ckpt_path") is not None:
             keep_metrics(self.run_folder)
         else:

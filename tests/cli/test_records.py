@@ -28,6 +28,16 @@ def test_run_that_begins_anew_in_a_folder_puts_the_account_of_the_one_before_asi
     assert (run / "figures.json").read_bytes() != before["figures.json"]
 
 
+def test_trial_of_the_code_leaves_an_earlier_run_as_it_was(finished: Path, tiny_folder: Path, tmp_path: Path):
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    shutil.copy(run / "checkpoints" / "last.ckpt", run / "checkpoints" / "sigterm.ckpt")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    content = recipe(tiny_folder, finished / "text.txt", run, trainer__fast_dev_run=True)
+    content["trainer"]["callbacks"][0]["init_args"]["enable_version_counter"] = False  # type: ignore[index]
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
 def test_mistake_in_the_text_leaves_an_earlier_run_as_it_was(
     finished: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
