@@ -98,8 +98,10 @@ class SaveOnSignal(Callback):
             raise Terminated(trainer.global_step, path)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that has reached its end needs the checkpoint of an earlier stop no more."""
-        trainer.strategy.remove_checkpoint(_folder(trainer) / FILE)
+        """A run that went on from the checkpoint of its stop and has reached its end needs it no more."""
+        path = _folder(trainer) / FILE
+        if trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == path.resolve():
+            trainer.strategy.remove_checkpoint(path)  # one that this run did not go on from is another's
 
     def _listen(self, trainer: Trainer) -> None:
         if threading.current_thread() is not threading.main_thread():

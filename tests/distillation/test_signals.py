@@ -69,6 +69,14 @@ def test_sigterm_ends_the_run_behind_the_step_and_it_goes_on_exactly(
     assert not path.exists()
 
 
+def test_new_run_leaves_the_checkpoint_of_another_ones_stop(dropping: Path, text: Path, tmp_path: Path):
+    with pytest.raises(Terminated) as caught:
+        _fit(tmp_path, dropping, text, Told(2))
+    before = caught.value.checkpoint.read_bytes()
+    _fit(tmp_path, dropping, text)
+    assert caught.value.checkpoint.read_bytes() == before
+
+
 def test_sigterm_in_a_merge_lets_it_end(dropping: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     real = optim.carry_over
 
