@@ -91,14 +91,25 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def checkpoints(trainer: Trainer) -> list[Path]:
-    """All that lie where the run's ModelCheckpoints write."""
-    return [path for folder in checkpoint_folders(trainer) for path in folder.glob(f"*{SUFFIX}")]
+    """All that lie where the run's ModelCheckpoints write, in folders of theirs, too."""
+    deep = max((_slashes(callback) for callback in _writers(trainer)), default=0)
+    patterns = [f"{'*/' * depth}*{SUFFIX}" for depth in range(deep + 1)]
+    return [path for folder in checkpoint_folders(trainer) for pattern in patterns for path in folder.glob(pattern)]
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
     """Where the run's ModelCheckpoints write."""
-    given = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    given = [callback.dirpath for callback in _writers(trainer)]
     return list(dict.fromkeys(_usual_folder(trainer) if folder is None else Path(folder) for folder in given))
+
+
+def _writers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _slashes(callback: ModelCheckpoint) -> int:
+    """Folders that a file name such as {step}-{val/perplexity:.1f} leads into."""
+    return (callback.filename or "").count("/")
 
 
 def _usual_folder(trainer: Trainer) -> Path:

@@ -130,13 +130,14 @@ def _damage(path: Path, size: int, written: int) -> str | None:
 
 
 def newest_whole(folder: Path, but: Path | None = None) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint in a folder that is whole, and the damaged ones that are newer.
+    """The newest checkpoint in a folder, or in one right below it, that is whole, and the damaged ones that are newer.
 
     Args:
-        folder: It need not exist.
+        folder: It need not exist. A metric's name in that of a checkpoint, such as val/perplexity, makes folders below.
         but: One that is left out.
     """
-    return first_whole(path for path in folder.glob(f"*{SUFFIX}") if but is None or not _same_file(path, but))
+    paths = [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}")]
+    return first_whole(path for path in paths if but is None or not _same_file(path, but))
 
 
 def first_whole(paths: Iterable[Path]) -> tuple[Path | None, list[Path]]:

@@ -150,6 +150,35 @@ def test_last_is_no_checkpoint_of_the_run_before_where_a_new_one_was_cut_before_
     assert _equal(_student(folder), whole)
 
 
+def test_last_is_found_where_a_metric_in_its_name_makes_a_folder(
+    tiny_folder: Path,
+    tmp_path: Path,
+    in_step: Callable[[int, Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    whole: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+):
+    saving = {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}-{val/perplexity:.1f}"}
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
+    config = checkpointed(tiny_folder, tmp_path, trainer__callbacks=[callback])
+    in_step(5, _cut)
+    with pytest.raises(OSError, match="the machine is gone"):
+        _fit(config)
+    monkeypatch.undo()
+    (path,) = (tmp_path / "run" / "checkpoints" / "step=4-val").iterdir()
+    assert _fit(config, "--ckpt_path", "last") == 0
+    assert f"--ckpt_path last: {path}" in _said(capsys)
+    assert _equal(_student(tmp_path), whole)
+    in_step(1, _cut)
+    with pytest.raises(OSError, match="the machine is gone"):
+        _fit(config)
+    monkeypatch.undo()
+    assert _fit(config, "--ckpt_path", "last") == 0
+    said = _said(capsys)
+    assert "no checkpoint yet in" in said
+    assert str(path) in said.partition("of the run before this one")[0]
+
+
 def _lighten(path: Path) -> None:
     """Leaves the weights alone, as `save_weights_only` does, and makes it the newest."""
     checkpoint = torch.load(path, weights_only=True)

@@ -93,6 +93,14 @@ def test_error_names_the_newest_whole_one_beside(saved: Path):
         check_whole(_spoil(saved))
 
 
+def test_error_names_a_whole_one_that_a_metric_in_its_name_has_put_into_a_folder(saved: Path):
+    newest = saved.parent / "step=6-val" / "perplexity=2.0.ckpt"
+    newest.parent.mkdir()
+    newest.write_bytes(saved.read_bytes())
+    with pytest.raises(InputError, match=rf"newest whole one in its folder is {newest}"):
+        check_whole(_spoil(saved))
+
+
 def test_error_says_that_no_other_is_whole(saved: Path):
     _spoil(_copy(saved, "step=4.ckpt", 10))
     with pytest.raises(InputError, match="no other in its folder is, name another one"):
