@@ -44,7 +44,7 @@ from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F401 - short names in recipes
 from lcprune.distillation.signals import STATUS, SaveOnSignal, Terminated
 from lcprune.distillation.storing import AtomicCheckpointIO
-from lcprune.distillation.strategies import is_sharding
+from lcprune.distillation.strategies import check_launcher, is_sharding
 from lcprune.distillation.throughput import Throughput  # noqa: F401
 from lcprune.errors import InputError, Stopped
 from lcprune.files import write_text
@@ -261,6 +261,7 @@ class RecipeCLI(LightningCLI):
         self.record = None if path is None or path in KEYWORDS else checkpoint.read(Path(path))
 
     def _check_model(self) -> None:
+        check_launcher(self.trainer.strategy)
         self.model.history  # noqa: B018 - reads the config: an unknown model or family is refused here
         weights.check(self.model.teacher_name)
         if self.record is not None:

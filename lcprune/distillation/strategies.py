@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
 
@@ -28,6 +29,15 @@ def is_sharding(strategy: Strategy) -> bool:
 def is_tensor_parallel(strategy: Strategy) -> bool:
     """Whether layers would be cut along their heads too, as `auto` does within a machine."""
     return isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size != 1
+
+
+def check_launcher(strategy: Strategy) -> None:
+    """Raises InputError for a strategy whose ranks are other processes than the one that asks for the student."""
+    if isinstance(launcher := strategy.launcher, _MultiProcessingLauncher):
+        raise InputError(
+            f"trainer.strategy={type(strategy).__name__} by {launcher._start_method} (ddp_spawn, ddp_fork, "
+            "ddp_notebook) runs in processes that take the student with them when they end: use strategy ddp."
+        )
 
 
 def check_merges(strategy: Strategy) -> None:

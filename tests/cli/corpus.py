@@ -87,6 +87,14 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
     "devices that are none": ({"trainer__devices": "many"}, ("trainer: ", "devices", "int > 0")),
     "accelerator that is none": ({"trainer__accelerator": "quantum"}, ("accelerator='quantum'", "cpu")),
     "strategy that is none": ({"trainer__strategy": "nonsense"}, ("strategy='nonsense'", "ddp")),
+    "ranks that are spawned": (
+        {"trainer__strategy": "ddp_spawn", "trainer__devices": 2, "collapse__schedule": None},
+        ("trainer.strategy=DDPStrategy by spawn", "use strategy ddp"),
+    ),
+    "ranks that are forked": (
+        {"trainer__strategy": "ddp_notebook", "trainer__devices": 2},
+        ("trainer.strategy=DDPStrategy by fork", "ddp_notebook", "use strategy ddp"),
+    ),
     "time that is none": ({"trainer__max_time": "soon"}, ("duration='soon'", "DD:HH:MM:SS")),
     "steps below nothing": ({"trainer__max_steps": -5}, ("max_steps", "-5", "non-negative")),
     "accumulation of nothing": (
