@@ -110,6 +110,7 @@ def _plan(cli: RecipeCLI, record: Record, given: MergeHistory | None, budget: Bu
     record.check_adapters(None if module.lora is None else module.lora.record)
     record.check_begun(module.begun)
     optim.check(try_out(module.make_optimizer, module.make_scheduler))
+    module.check_goes_on(record)
     layout = layout_of(module.teacher_config)
     if given is not None:
         steps = offline.steps_of(given, record.history)

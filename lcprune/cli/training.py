@@ -186,6 +186,8 @@ class RecipeCLI(LightningCLI):
         if (path := self._get(self.config_init, "ckpt_path")) is not None and path not in KEYWORDS:
             checkpoint.check_goes_on(Path(path))
         self._check_model()
+        if self.record is not None:
+            self.model.check_goes_on(self.record)
         collapse_of(self).check(self.trainer, self.model)
         self.model.open_cache()
         if str(self.trainer.precision).startswith("bf16"):

@@ -1,7 +1,7 @@
 """What lcprune adds to a Lightning checkpoint, and how a student comes out of one without a trainer.
 
     checkpoint["lcprune"] = {history, fingerprint of the teacher, dtype of the weights, random state of every rank,
-                             where the run stands}
+                             where the run stands, the optimizer's class and what it holds}
 
 Plain data only, because checkpoints are read with `weights_only=True`. The teacher's weights are never in there.
 """
@@ -22,6 +22,7 @@ from lcprune.distillation.fingerprint import Fingerprint, differences, fingerpri
 from lcprune.distillation.randomness import RngState
 from lcprune.distillation.storing import META, check_whole
 from lcprune.distillation.teacher import DtypeName, load
+from lcprune.distillation.trained import Scope
 from lcprune.errors import InputError, reason
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeHistory
@@ -31,6 +32,12 @@ KEY = "lcprune"
 """Where in a checkpoint the record is."""
 PREFIX = "student."
 """What the tensors of DistillationModule's student are called in a state dict, before their own names."""
+HELD: dict[Scope, str] = {
+    "all": "all parameters (train: all)",
+    "layers": "those of layers alone (train: layers, merged or after_merge)",
+    "adapters": "adapters (train: lora, lora_merged or lora_after_merge)",
+}
+"""What an optimizer holds, as a user asks for it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class Record:
     """Where the run stood, as `Standing.to_dict`; empty = in a checkpoint from before it was kept."""
     prefix: str = PREFIX
     """What the student's tensors are called in the state dict, before their own names."""
+    optimizer: str = ""
+    """Class of the optimizer; empty = not known."""
+    scope: Scope | None = None
+    """Where the optimizer's Parameters are; None = not known."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for a checkpoint."""
@@ -65,6 +76,8 @@ class Record:
             "packed": self.packed,
             "standing": dict(self.standing),
             "prefix": self.prefix,
+            "optimizer": self.optimizer,
+            "scope": self.scope,
         }
 
     @classmethod
@@ -81,6 +94,8 @@ class Record:
             packed=record.get("packed", {}),
             standing=record.get("standing", {}),
             prefix=record.get("prefix", PREFIX),
+            optimizer=record.get("optimizer", ""),
+            scope=record.get("scope"),
         )
 
     def check_fits(self, teacher: str, fingerprint: Fingerprint) -> None:
@@ -110,6 +125,24 @@ class Record:
         raise InputError(
             f"ckpt_path names a checkpoint whose adapters are {was}, model.lora and model.train ask for {now}: "
             "go on as it was begun, or export its student (lcprune export) and train from there."
+        )
+
+    def check_optimizer(self, optimizer: str, scope: Scope) -> None:
+        """Raises InputError if the optimizer of the run that goes on could not take over this one's state.
+
+        Args:
+            optimizer: Its class.
+            scope: Where its Parameters are.
+        """
+        if self.optimizer not in ("", optimizer):
+            wrong = f"whose optimizer is {self.optimizer}, model.optimizer is {optimizer}"
+        elif self.scope not in (None, scope):
+            wrong = f"whose optimizer holds {HELD[self.scope]}, model.train and model.phases ask for {HELD[scope]}"
+        else:
+            return
+        raise InputError(
+            f"ckpt_path names a checkpoint {wrong}: go on as it was begun, or export its student (lcprune export) and "
+            "begin a run with it (model.student)."
         )
 
 

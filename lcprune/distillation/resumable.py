@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from lcprune.distillation import averaging, beginning, optim, quantized, sharded
+from lcprune.distillation import averaging, beforehand, beginning, optim, quantized, sharded
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
 from lcprune.distillation.adapters import Lora
@@ -25,9 +26,11 @@ from lcprune.distillation.evaluated import Evaluated
 from lcprune.distillation.faults import check_weights
 from lcprune.distillation.fingerprint import Fingerprint
 from lcprune.distillation.pair import load_pair, storages
+from lcprune.distillation.phases import Phase
 from lcprune.distillation.randomness import RngState, restore_rng_state, states_of_ranks
 from lcprune.distillation.standing import Standing
 from lcprune.distillation.teacher import DtypeName, Teacher, TeacherDtype
+from lcprune.distillation.trained import Scope, Trained
 from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.lineage import MergeHistory
@@ -48,6 +51,12 @@ class Resumable(Evaluated):
     """The student's adapters."""
     history: MergeHistory
     """How the student came from the teacher."""
+    phases: tuple[Phase, ...]
+    """Of the run."""
+    train_usually: Trained
+    """What is trained where a phase does not say."""
+    make_optimizer: OptimizerCallable
+    """From the trained Parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,6 +128,18 @@ class Resumable(Evaluated):
         record.check_adapters(None if self.lora is None else self.lora.record)
         record.check_begun(self.begun)
 
+    def check_goes_on(self, record: Record) -> None:
+        """Raises InputError if the optimizer could not take over what that of a checkpoint's run knows."""
+        record.check_optimizer(self._optimizer_name, self._scope)
+
+    @property
+    def _optimizer_name(self) -> str:
+        return type(beforehand.try_out(self.make_optimizer, None)).__name__
+
+    @property
+    def _scope(self) -> Scope:
+        return trained_room.scope([phase.trained(self.train_usually) for phase in self.phases])
+
     def gather(self, dtype: torch.dtype) -> None:
         """Puts plain models in the place of sharded ones, on rank 0's CPU, the student in `dtype`; for all ranks."""
         state = sharded.full_state(self.student)
@@ -153,7 +174,15 @@ class Resumable(Evaluated):
         check_weights(self.student.named_parameters(), self.trainer)
         states = states_of_ranks(self.boundary.random_state(step))
         standing = self.boundary.standing(self.standing.to_dict(), step)
-        record = Record(self.history, self.fingerprint, self.weights_dtype, states, standing=standing)
+        record = Record(
+            self.history,
+            self.fingerprint,
+            self.weights_dtype,
+            states,
+            standing=standing,
+            optimizer=self._optimizer_name,
+            scope=self._scope,
+        )
         if self.lora is not None:
             # What is still packed as it was loaded is loaded again.
             weights = checkpoint["state_dict"]
@@ -167,6 +196,8 @@ class Resumable(Evaluated):
         """Replays the history on the freshly loaded student, so that the checkpoint's weights fit it."""
         record = Record.of(checkpoint)
         self._check_resumes(record)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self.check_goes_on(record)
         if record.history.teacher != self.teacher_name:
             rank_zero_warn(
                 f"the checkpoint's teacher is {record.history.teacher!r}, model.teacher is {self.teacher_name!r}: "

@@ -23,6 +23,8 @@ from lcprune.merging.lineage import Lineage
 
 Trained: TypeAlias = Literal["all", "layers", "merged", "after_merge", "lora", "lora_merged", "lora_after_merge"]
 """Names of what can be trained."""
+Scope: TypeAlias = Literal["all", "layers", "adapters"]
+"""Where an optimizer's Parameters are: in the whole student, in its layers, or in adapters."""
 TRAINED: tuple[Trained, ...] = get_args(Trained)
 BESIDE_PREFIX: tuple[Trained, ...] = ("merged", "after_merge", "lora_merged", "lora_after_merge")
 """Those that leave the layers before the first merged one as they are."""
@@ -69,6 +71,13 @@ def ever_trained(student: PreTrainedModel, whats: Sequence[Trained]) -> list[nn.
     named = (student if "all" in whats else layers).named_parameters()
     chosen = [parameter for name, parameter in named if is_adapter(name) in kinds]
     return list(dict.fromkeys(chosen + (_head_adapter(student) if True in kinds else [])))
+
+
+def scope(whats: Sequence[Trained]) -> Scope:
+    """What `ever_trained` looks through for these settings; with other Parameters an optimizer's state does not fit."""
+    if "all" in whats:
+        return "all"
+    return "adapters" if all(trains_adapters(what) for what in whats) else "layers"
 
 
 def _head_adapter(student: PreTrainedModel) -> list[nn.Parameter]:

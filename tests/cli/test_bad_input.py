@@ -104,6 +104,33 @@ def test_checkpoint_that_does_not_fit_is_refused_before_weights_are_loaded(
     assert not (tmp_path / "run" / "student").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "parts"),
+    [
+        ("--model.optimizer", "torch.optim.SGD", ("whose optimizer is AdamW, model.optimizer is SGD",)),
+        ("--model.train", "merged", ("holds all parameters (train: all)", "ask for those of layers alone")),
+    ],
+)
+def test_checkpoint_of_another_optimizer_is_refused_before_weights_are_loaded(
+    setting: str,
+    value: str,
+    parts: tuple[str, ...],
+    checkpoint: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    run = Path(shutil.copytree(checkpoint.parents[1], tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    content = recipe(tiny_folder, text_file(tmp_path), run, model__optimizer="torch.optim.AdamW")
+    config = str(write(tmp_path, content))
+    monkeypatch.setattr("lcprune.distillation.resumable.load_pair", _never)
+    assert main(["fit", "--config", config, setting, value, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 2
+    assert_says(capsys, (*parts, "export its student (lcprune export)", "model.student"))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_file_that_is_no_recipe_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text, expected = TEXTS[name]

@@ -202,6 +202,25 @@ def test_checkpoint_of_another_model_is_refused_before_its_weights(
         trainer.fit(runs.student_of(other), datamodule=runs.data_for(other, text), ckpt_path=str(finished[0]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"optimizer": runs.SGD}, "optimizer is AdamW, .* is SGD"), ({"train": "layers"}, "all parameters .* of layers")],
+)
+def test_checkpoint_of_another_optimizer_is_refused_for_training_and_read_for_the_rest(
+    settings: dict[str, object],
+    words: str,
+    finished: tuple[Path, DistillationModule],
+    tiny_folder: Path,
+    text: Path,
+    tmp_path: Path,
+):
+    module, data = runs.student_of(tiny_folder, **settings), runs.data_for(tiny_folder, text)
+    assert runs.trainer_for(tmp_path).validate(module, datamodule=data, ckpt_path=finished[0])
+    module = runs.student_of(tiny_folder, **settings)
+    with pytest.raises(InputError, match=words):
+        runs.trainer_for(tmp_path).fit(module, datamodule=data, ckpt_path=finished[0])
+
+
 def test_checkpoint_of_other_merges_is_refused(finished: tuple[Path, DistillationModule], tiny_folder: Path):
     module = runs.student_of(tiny_folder)
     module.configure_model()
