@@ -37,7 +37,7 @@ from lcprune.data.chat import with_template
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import RECIPE, check_target
 from lcprune.delivery.runs import STUDENT
-from lcprune.distillation import checkpoint
+from lcprune.distillation import checkpoint, companions
 from lcprune.distillation.beforehand import say_if_slow
 from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.module import DistillationModule
@@ -188,6 +188,7 @@ class RecipeCLI(LightningCLI):
         self._check_model()
         if self.record is not None:
             self.model.check_goes_on(self.record)
+        companions.check_always(self.trainer, self.model)
         collapse_of(self).check(self.trainer, self.model)
         self.model.open_cache()
         if str(self.trainer.precision).startswith("bf16"):

@@ -84,6 +84,8 @@ class ProgressiveCollapse(Callback):
         if len(others) > 1:
             raise InputError("trainer.callbacks holds ProgressiveCollapse beside the recipe's `collapse`: keep one.")
         guests.welcome(pl_module)
+        if stage == "fit" and isinstance(pl_module, DistillationModule):
+            companions.check_always(trainer, pl_module)
         if stage != "fit" or self.schedule is None:
             return
         if not guests.model_comes_later(pl_module):

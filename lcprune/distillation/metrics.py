@@ -17,6 +17,9 @@ from lcprune.distillation.head import Head
 from lcprune.merging.criteria import perplexity
 from lcprune.merging.double import device_of_doubles, in_double
 
+HELD_OUT = ("perplexity", "teacher_perplexity", "agreement")
+"""Names of what `HeldOut` computes."""
+
 
 class HeldOut(Metric):
     """Perplexity of student and teacher, and how often its most likely token is the teacher's."""
@@ -67,7 +70,7 @@ class HeldOut(Metric):
         """`perplexity` and `teacher_perplexity` = exp(mean nats per token), and `agreement`, a fraction."""
         tokens = int(self.tokens.item())
         if not tokens:
-            return dict.fromkeys(("perplexity", "teacher_perplexity", "agreement"), torch.tensor(torch.nan))
+            return dict.fromkeys(HELD_OUT, torch.tensor(torch.nan))
         return {
             "perplexity": torch.tensor(perplexity(self.nats.item(), tokens)),
             "teacher_perplexity": torch.tensor(perplexity(self.teacher_nats.item(), tokens)),

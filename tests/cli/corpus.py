@@ -25,6 +25,14 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
         {"trainer__callbacks": 2 * [of("lightning.pytorch.callbacks.ModelCheckpoint", every_n_train_steps=3)]},
         ("trainer.callbacks holds ModelCheckpoint twice", "leave one of them out"),
     ),
+    "metric that nothing logs": (
+        {"trainer__callbacks": [of("EarlyStopping", monitor="val_loss")], "collapse__schedule": None},
+        ("trainer.callbacks: EarlyStopping has monitor=val_loss", "does not log", "val/perplexity"),
+    ),
+    "callback that needs another module": (
+        {"trainer__callbacks": ["LearningRateFinder"], "collapse__schedule": None},
+        ("trainer.callbacks: LearningRateFinder looks for a learning rate", "model.optimizer", "remove it"),
+    ),
     "refit with one sequence of text": (
         {"collapse__refit": "RidgeRefit", "data__calibration_blocks": 1},
         ("RidgeRefit has one calibration sequence", "data.calibration_blocks", "one strength"),
@@ -91,10 +99,7 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
         {"trainer__strategy": "ddp_spawn", "trainer__devices": 2, "collapse__schedule": None},
         ("trainer.strategy=DDPStrategy by spawn", "use strategy ddp"),
     ),
-    "ranks that are forked": (
-        {"trainer__strategy": "ddp_notebook", "trainer__devices": 2},
-        ("trainer.strategy=DDPStrategy by fork", "ddp_notebook", "use strategy ddp"),
-    ),
+    "ranks that are forked": ({"trainer__strategy": "ddp_notebook"}, ("strategy=DDPStrategy by fork", "strategy ddp")),
     "time that is none": ({"trainer__max_time": "soon"}, ("duration='soon'", "DD:HH:MM:SS")),
     "steps below nothing": ({"trainer__max_steps": -5}, ("max_steps", "-5", "non-negative")),
     "accumulation of nothing": (

@@ -10,13 +10,28 @@ import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, LearningRateMonitor
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lcprune import DistillationModule, RewarmingCosine, RewarmingWSD, TextDataModule, Throughput
+from lcprune import (
+    DistillationModule,
+    ProgressiveCollapse,
+    RewarmingCosine,
+    RewarmingWSD,
+    TextDataModule,
+    Throughput,
+)
+from lcprune.errors import InputError
 from tests.distillation import runs
 
 Make = Callable[[Iterable[Parameter]], Optimizer]
@@ -209,6 +224,70 @@ def test_early_stopping_stops_at_a_threshold_that_the_student_reaches(run: Run):
     with pytest.warns(UserWarning, match="the run ends with 5 layers, its schedule with 4"):
         trainer = run.fit(stop, val_check_interval=5, check_val_every_n_epoch=None)
     assert trainer.global_step == 5
+
+
+WATCHED = {
+    "val_perplexity": "has monitor=val_perplexity, which this run does not log, did you mean val/perplexity?",
+    "speed": "has monitor=speed, which this run does not log: name one of val/perplexity, .*, train/boundary, depth",
+    "train/tokens_per_second": "does not log",
+    "lr-AdamW": "does not log",
+}
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint])
+@pytest.mark.parametrize("watched", WATCHED)
+def test_metric_that_nothing_logs_is_refused_before_weights_are_loaded(
+    run: Run, kind: type, watched: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lcprune.distillation.resumable.load_pair", _never)
+    trainer = runs.trainer_for(run.folder, runs.two_merges(), kind(monitor=watched))
+    with pytest.raises(InputError, match=WATCHED[watched]):
+        trainer.fit(runs.student_of(run.teacher), datamodule=runs.data_for(run.teacher, run.text))
+
+
+class Logging(Callback):
+    """Logs what nobody else does."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        pl_module.log("mine", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("watched", "others"),
+    [
+        ("val/agreement", ()),
+        ("train/boundary", ()),
+        ("depth", ()),
+        ("step", ()),
+        ("train/scored_per_second", (Throughput(2),)),
+        ("lr-AdamW", (LearningRateMonitor("step"),)),
+        ("mine", (Logging(),)),
+    ],
+)
+def test_metric_that_something_logs_can_be_watched(run: Run, watched: str, others: tuple[Callback, ...]):
+    best = ModelCheckpoint(run.folder, "{depth:.0f}-{step}", watched)
+    settings = {"val_check_interval": 6, "check_val_every_n_epoch": None, "log_every_n_steps": 1}
+    trainer = runs.trainer_for(
+        run.folder, runs.two_merges(), best, *others, logger=CSVLogger(run.folder, name=""), **settings
+    )
+    trainer.fit(runs.student_of(run.teacher), datamodule=runs.data_for(run.teacher, run.text))
+    assert best.best_model_score is not None
+
+
+@pytest.mark.parametrize(
+    "callback", [LearningRateFinder(), ModelPruning("l1_unstructured", amount=0.1)], ids=lambda one: type(one).__name__
+)
+def test_callback_that_finds_nothing_to_work_with_is_refused_without_merges_too(
+    run: Run, callback: Callback, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lcprune.distillation.resumable.load_pair", _never)
+    trainer = runs.trainer_for(run.folder, ProgressiveCollapse(), callback)
+    with pytest.raises(InputError, match=f"{type(callback).__name__} looks for .*: remove it"):
+        trainer.fit(runs.student_of(run.teacher), datamodule=runs.data_for(run.teacher, run.text))
+
+
+def _never(*_: object) -> None:
+    pytest.fail("weights were loaded before the mistake was found")
 
 
 def test_early_stopping_sees_training_terms_too(run: Run):
