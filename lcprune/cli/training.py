@@ -5,7 +5,6 @@ recipe.yaml. What can be known to fail is refused before weights are loaded.
 """
 
 import json
-import re
 import sys
 from argparse import RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Callable, Iterator
@@ -16,17 +15,14 @@ from typing import Any, NoReturn
 
 import lightning
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from lcprune import __version__, models, weights
-from lcprune.cli import messages, named, nulls, recipe_files
-from lcprune.cli.bars import TrainingBar
+from lcprune.cli import messages, named, nulls, recipe_files, trainers
 from lcprune.cli.closing import Delivery, close
 from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
 from lcprune.cli.quiet import quieten
@@ -43,7 +39,6 @@ from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F401 - short names in recipes
 from lcprune.distillation.signals import STATUS, SaveOnSignal, Terminated
-from lcprune.distillation.storing import AtomicCheckpointIO
 from lcprune.distillation.strategies import check_launcher, is_sharding
 from lcprune.distillation.throughput import Throughput  # noqa: F401
 from lcprune.errors import InputError, Stopped
@@ -145,30 +140,11 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("model.teacher", "data.tokenizer")
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
-        """Adds the Rich progress bar unless the recipe has another or wants none, and checkpoints that are whole."""
-        settings = self._get(self.config_init, "trainer", default={})
-        given = settings.get("callbacks") or []
-        callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
-        wanted = settings.get("enable_progress_bar") is not False
-        if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            settings["callbacks"] = [*callbacks, TrainingBar(leave=False)]
-        plugins = settings.get("plugins") or []
-        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            settings["plugins"] = [*plugins, AtomicCheckpointIO()]
-        try:
+        """As Lightning's, with what a run needs beside what the recipe asks for."""
+        trainers.complete(self._get(self.config_init, "trainer", default={}))
+        with trainers.mistakes_in_words():
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
-            # Lightning's own words about settings that do not go together.
-            raise cause_of(error) or InputError(f"trainer: {one_line(error)}.") from error
-        except RuntimeError as error:
-            if twice := re.search(r"more than one stateful callback of type `(\w+)`", str(error)):
-                raise InputError(
-                    f"trainer.callbacks holds {twice[1]} twice with settings that its checkpoints cannot tell apart: "
-                    "leave one of them out, or give them different ones."
-                ) from error
-            raise
-        _check_amounts(trainer)
+        trainers.check_amounts(trainer)
         return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
@@ -185,6 +161,8 @@ class RecipeCLI(LightningCLI):
             self._go_on_from(path)
         if (path := self._get(self.config_init, "ckpt_path")) is not None and path not in KEYWORDS:
             checkpoint.check_goes_on(Path(path))
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainers.check_trains(self.trainer)
         self._check_model()
         if self.record is not None:
             self.model.check_goes_on(self.record)
@@ -344,15 +322,6 @@ def run(command: str, arguments: list[str]) -> None:
     except ValueError as error:
         # The parser makes objects of the recipe's classes too, and wraps what they object to.
         raise cause_of(error) or messages.too_seldom(error) or error from error
-
-
-def _check_amounts(trainer: Trainer) -> None:
-    """What Lightning takes and does nothing sensible with."""
-    if trainer.accumulate_grad_batches < 1:
-        raise InputError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1 or more.")
-    clip = trainer.gradient_clip_val
-    if clip is not None and not 0 <= clip < float("inf"):
-        raise InputError(f"trainer.gradient_clip_val={clip} must not be negative: leave it out to clip nothing.")
 
 
 def collapse_of(cli: RecipeCLI) -> ProgressiveCollapse:

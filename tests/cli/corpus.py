@@ -101,6 +101,9 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
     ),
     "ranks that are forked": ({"trainer__strategy": "ddp_notebook"}, ("strategy=DDPStrategy by fork", "strategy ddp")),
     "time that is none": ({"trainer__max_time": "soon"}, ("duration='soon'", "DD:HH:MM:SS")),
+    "no steps": ({"trainer__max_steps": 0, "collapse__schedule": None}, ("trainer.max_steps=0 trains nothing",)),
+    "no epochs": ({"trainer__max_epochs": 0, "collapse__schedule": None}, ("max_epochs=0 trains", "raise it")),
+    "no batches": ({"trainer__limit_train_batches": 0}, ("limit_train_batches=0 trains nothing", "lcprune collapse")),
     "steps below nothing": ({"trainer__max_steps": -5}, ("max_steps", "-5", "non-negative")),
     "accumulation of nothing": (
         {"trainer__accumulate_grad_batches": 0},
@@ -388,10 +391,7 @@ COMMANDS: dict[str, tuple[list[str], Parts]] = {
         ("--out /tmp", "is a folder", "name a file"),
     ),
     "plan below a file": (["collapse", "--plan-only", "--out", f"{__file__}/p.json"], ("corpus.py", "is not a folder")),
-    "scores below a file": (
-        ["score", "--out", f"{__file__}/scores"],
-        ("corpus.py", "is not a folder", "another"),
-    ),
+    "scores below a file": (["score", "--out", f"{__file__}/scores"], ("corpus.py", "is not a folder", "another")),
     "report below a file": (["report", "r", "--out", f"{__file__}/r.html"], ("corpus.py", "is not a folder")),
     "student below a file": (["collapse", "--out", f"{__file__}/s"], ("corpus.py", "is not a folder")),
     "layers that are none": (["cache", "--layers", "x", "--out", "o"], ("'x'", "3,7")),
