@@ -1,4 +1,8 @@
-"""`--ckpt_path last`: the newest checkpoint of the run's folder that is whole and serves."""
+"""Which checkpoint `--ckpt_path` means, where it names none.
+
+last    the newest of the run's folder that is whole and serves
+hpc     the one that Lightning wrote when SLURM was about to end the job
+"""
 
 import os
 import sys
@@ -14,6 +18,19 @@ from lcprune.cli.records import formers
 from lcprune.distillation.checkpoint import goes_on
 from lcprune.distillation.storing import SUFFIX, first_whole
 from lcprune.errors import InputError
+
+LAST, OF_SLURM = "last", "hpc"
+"""What a `ckpt_path` may be beside a path."""
+ELSEWHERE = ("best", "registry")
+"""What Lightning takes for one, too: the first is known to the process that has trained, the second needs litmodels."""
+
+
+def check_name(path: str | Path | None) -> None:
+    """Raises InputError for a `ckpt_path` that a new process cannot look up."""
+    if path in ELSEWHERE:
+        raise InputError(
+            f"ckpt_path={path} finds no checkpoint here: name its file, such as RUN/checkpoints/last.ckpt, or say last."
+        )
 
 
 def last_checkpoint(trainer: Trainer) -> Path:
@@ -77,8 +94,20 @@ def _listed(paths: Iterable[Path]) -> str:
 
 def requeued_from(trainer: Trainer) -> Path | None:
     """The checkpoint from which Lightning lets a job go on that SLURM has queued again; None elsewhere."""
-    if not SLURMEnvironment.detect():
-        return None
+    return _newest_of_slurm(trainer) if SLURMEnvironment.detect() else None
+
+
+def checkpoint_of_slurm(trainer: Trainer) -> Path:
+    """The newest checkpoint that Lightning has written for SLURM; raises InputError if there is none."""
+    if (path := _newest_of_slurm(trainer)) is None:
+        raise InputError(
+            f"ckpt_path=hpc: there is no hpc_ckpt_1{SUFFIX} or later in {trainer.default_root_dir}, where a job that "
+            "SLURM ends leaves it: name a checkpoint, or say last."
+        )
+    return path
+
+
+def _newest_of_slurm(trainer: Trainer) -> Path | None:
     numbered = {
         path.stem.removeprefix("hpc_ckpt_"): path for path in Path(trainer.default_root_dir).glob(f"hpc_ckpt_*{SUFFIX}")
     }

@@ -22,13 +22,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from lcprune import __version__, models, weights
-from lcprune.cli import messages, named, nulls, recipe_files, trainers
+from lcprune.cli import messages, named, nulls, recipe_files, resuming, trainers
 from lcprune.cli.closing import Delivery, close
 from lcprune.cli.messages import ParseError, cause_of, key_of, one_line, one_sentence
 from lcprune.cli.quiet import quieten
 from lcprune.cli.ranks import end_with_launcher
 from lcprune.cli.records import keep_metrics, keep_template, leave_nothing, log_apart, put_aside, say_where
-from lcprune.cli.resuming import checkpoints, last_checkpoint, last_state, requeued_from, run_folder
+from lcprune.cli.resuming import (
+    LAST,
+    OF_SLURM,
+    checkpoint_of_slurm,
+    checkpoints,
+    last_checkpoint,
+    last_state,
+    requeued_from,
+    run_folder,
+)
 from lcprune.data.chat import with_template
 from lcprune.data.module import TextDataModule
 from lcprune.delivery.export import RECIPE, check_target
@@ -39,7 +48,7 @@ from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine, RewarmingWSD  # noqa: F401 - short names in recipes
 from lcprune.distillation.signals import STATUS, SaveOnSignal, Terminated
-from lcprune.distillation.strategies import check_launcher, is_sharding
+from lcprune.distillation.strategies import check_launcher
 from lcprune.distillation.throughput import Throughput  # noqa: F401
 from lcprune.errors import InputError, Stopped
 from lcprune.files import write_text
@@ -48,8 +57,6 @@ from lcprune.merging.greedy import GreedyPlanner  # noqa: F401
 from lcprune.merging.progressive import ProgressivePlanner  # noqa: F401
 from lcprune.merging.search import RefitSearch  # noqa: F401
 
-KEYWORDS = ("last", "best", "hpc", "registry")
-"""What Lightning takes for a `ckpt_path` beside a path."""
 _OF_A_RUN = "an example:\n  lcprune {} --config recipes/shortgpt.yaml --ckpt_path runs/shortgpt/checkpoints/last.ckpt\n"
 EXAMPLES = {
     "fit": """examples:
@@ -156,10 +163,10 @@ class RecipeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """What can go wrong at the end or at the start is looked at first."""
-        self._find_last(last_state)
-        if self._get(self.config_init, "ckpt_path") in (None, "hpc") and (path := requeued_from(self.trainer)):
+        self._find_named(last_state)
+        if self._get(self.config_init, "ckpt_path") is None and (path := requeued_from(self.trainer)):
             self._go_on_from(path)
-        if (path := self._get(self.config_init, "ckpt_path")) is not None and path not in KEYWORDS:
+        if (path := self._get(self.config_init, "ckpt_path")) is not None:
             checkpoint.check_goes_on(Path(path))
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainers.check_trains(self.trainer)
@@ -198,10 +205,11 @@ class RecipeCLI(LightningCLI):
             if (callback := collapse_of(self)).schedule is not None:
                 callback.check_text(self.datamodule.calibration_batches())
 
-    def _find_last(self, find: Callable[[Trainer], Path | None]) -> None:
-        """`--ckpt_path last` becomes a path, and the checkpoint is looked over as any other."""
-        if self._get(self.config_init, "ckpt_path") == "last":
-            self._go_on_from(find(self.trainer))
+    def _find_named(self, last: Callable[[Trainer], Path | None]) -> None:
+        """`--ckpt_path last` and `hpc` become paths, and the checkpoint is looked over as any other."""
+        name = self._get(self.config_init, "ckpt_path")
+        if name in (LAST, OF_SLURM):
+            self._go_on_from(last(self.trainer) if name == LAST else checkpoint_of_slurm(self.trainer))
 
     def _go_on_from(self, path: Path | None) -> None:
         self.record = None if path is None else checkpoint.read(path)
@@ -211,7 +219,7 @@ class RecipeCLI(LightningCLI):
         """Looks at the checkpoint before weights are loaded."""
         if self._get(self.config, "out") is not None:
             raise InputError(f"--out is where fit exports the student, {self.subcommand} exports none: drop it.")
-        self._find_last(last_checkpoint)
+        self._find_named(last_checkpoint)
         self._check_model()
         log_apart(self.trainer.loggers, str(self.subcommand))
 
@@ -238,8 +246,8 @@ class RecipeCLI(LightningCLI):
         nulls.check(self._parser(self.subcommand)._actions, settings)
         named.check(settings)
         path = settings.get("ckpt_path")
-        # "last", "best" and so on are Lightning's own keywords.
-        self.record = None if path is None or path in KEYWORDS else checkpoint.read(Path(path))
+        resuming.check_name(path)
+        self.record = None if path in (None, LAST, OF_SLURM) else checkpoint.read(Path(path))
 
     def _check_model(self) -> None:
         check_launcher(self.trainer.strategy)
@@ -250,11 +258,6 @@ class RecipeCLI(LightningCLI):
             self.record.check_adapters(None if self.model.lora is None else self.model.lora.record)
             self.record.check_begun(self.model.begun)
             self.model.resume_from = Path(self._get(self.config_init, "ckpt_path"))
-        elif is_sharding(self.trainer.strategy) and (path := self._get(self.config_init, "ckpt_path")):
-            raise InputError(
-                f"ckpt_path={path} under ModelParallelStrategy: how many layers to cut into shards has to be known "
-                "before anything is loaded, name the checkpoint's own path."
-            )
 
     @property
     def run_folder(self) -> Path:

@@ -78,6 +78,42 @@ def test_job_that_slurm_has_queued_again_goes_on_with_its_own_account(
     assert not list(run.glob("former.*"))
 
 
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_checkpoint_of_slurm_is_found_by_name(command: str, finished: Path, tiny_folder: Path, tmp_path: Path):
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    for number in (2, 10):  # ten is the newer one
+        shutil.copy(run / "checkpoints" / "last.ckpt", run / f"hpc_ckpt_{number}.ckpt")
+    (run / "hpc_ckpt_2.ckpt").write_bytes(b"")
+    content = recipe(tiny_folder, finished / "text.txt", run, trainer__max_steps=8)
+    assert main([command, "--config", str(write(tmp_path, content)), "--ckpt_path", "hpc"]) == 0
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("best", "ckpt_path=best finds no checkpoint here: name its file"),
+        ("registry", "ckpt_path=registry finds no checkpoint here: name its file"),
+        ("hpc", "ckpt_path=hpc: there is no hpc_ckpt_1.ckpt or later in"),
+    ],
+)
+def test_name_that_leads_to_no_checkpoint_is_one_sentence_and_changes_nothing(
+    name: str,
+    words: str,
+    command: str,
+    finished: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    config = str(write(tmp_path, recipe(tiny_folder, finished / "text.txt", run)))
+    assert main([command, "--config", config, "--ckpt_path", name]) == 2
+    assert f"lcprune: {words}" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
 def test_metrics_from_before_a_resume_are_kept(finished: Path, tiny_folder: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(finished / "run", run)
