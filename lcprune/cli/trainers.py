@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
-from lightning.pytorch import Callback, Trainer
+from lightning import pytorch as lightning
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -13,6 +14,15 @@ from lcprune.cli.bars import TrainingBar
 from lcprune.cli.messages import cause_of, one_line
 from lcprune.distillation.storing import AtomicCheckpointIO
 from lcprune.errors import InputError
+
+
+class Trainer(lightning.Trainer):  # of the same name, by which Lightning looks for PL_TRAINER_MAX_STEPS and so on
+    """Lightning's trainer, every aspect of it, with a folder for every run."""
+
+    @property
+    def log_dir(self) -> str:
+        """Where the first logger writes, or default_root_dir where that keeps no files; asks all ranks."""
+        return super().log_dir or self.default_root_dir
 
 
 def complete(settings: MutableMapping[str, object]) -> None:
@@ -56,7 +66,7 @@ def mistakes_in_words() -> Iterator[None]:
         raise
 
 
-def check_amounts(trainer: Trainer) -> None:
+def check_amounts(trainer: lightning.Trainer) -> None:
     """Raises InputError for numbers that no command can do with."""
     if trainer.accumulate_grad_batches < 1:
         raise InputError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1 or more.")
@@ -65,7 +75,7 @@ def check_amounts(trainer: Trainer) -> None:
         raise InputError(f"trainer.gradient_clip_val={clip} must not be negative: leave it out to clip nothing.")
 
 
-def check_trains(trainer: Trainer) -> None:
+def check_trains(trainer: lightning.Trainer) -> None:
     """Raises InputError for a run without a single optimizer step, whose student would be delivered as it began."""
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if (value := getattr(trainer, name)) == 0:

@@ -119,6 +119,7 @@ class RecipeCLI(LightningCLI):
                 TextDataModule,
                 save_config_callback=SaveConfigCallback if arguments[:1] == ["fit"] else None,
                 save_config_kwargs={"config_filename": RECIPE, "overwrite": True},
+                trainer_class=trainers.Trainer,
                 trainer_defaults={"enable_model_summary": False},
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
@@ -219,6 +220,8 @@ class RecipeCLI(LightningCLI):
         """Looks at the checkpoint before weights are loaded."""
         if self._get(self.config, "out") is not None:
             raise InputError(f"--out is where fit exports the student, {self.subcommand} exports none: drop it.")
+        if self._get(self.config, "return_predictions") is False:
+            raise InputError("return_predictions=false keeps from predict what it writes: drop it.")
         self._find_named(last_checkpoint)
         self._check_model()
         log_apart(self.trainer.loggers, str(self.subcommand))

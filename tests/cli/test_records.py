@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.loggers import Logger
 
 from lcprune.cli import main
 from lcprune.merging.lineage import MergeHistory
@@ -26,6 +27,36 @@ def test_run_that_begins_anew_in_a_folder_puts_the_account_of_the_one_before_asi
     assert {path.name for path in run.glob("*.csv")} == {"metrics.csv"}
     assert not (run / "evaluation.json").exists()
     assert (run / "figures.json").read_bytes() != before["figures.json"]
+
+
+class Elsewhere(Logger):
+    """Keeps nothing in a folder, as MLFlowLogger does with a database."""
+
+    name, version = "elsewhere", "1"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Nothing is kept."""
+
+    def log_hyperparams(self, params: object, *args: object, **kwargs: object) -> None:
+        """Nothing is kept."""
+
+
+def test_run_whose_logger_has_no_folder_is_kept_in_the_trainers(tiny_folder: Path, tmp_path: Path):
+    logger = {"class_path": f"{__name__}.{Elsewhere.__name__}"}
+    content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", trainer__logger=logger)
+    assert main(["fit", "--config", str(write(tmp_path, content))]) == 0
+    assert {"recipe.yaml", "figures.json", "student"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_predictions_that_would_be_empty_are_refused(
+    finished: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    (run / "predictions.jsonl").write_text("{}\n")
+    config = str(write(tmp_path, recipe(tiny_folder, finished / "text.txt", run)))
+    assert main(["predict", "--config", config, "--ckpt_path", "last", "--return_predictions", "false"]) == 2
+    assert "lcprune: return_predictions=false keeps from predict what it writes: drop it." in capsys.readouterr().err
+    assert (run / "predictions.jsonl").read_text() == "{}\n"
 
 
 def test_trial_of_the_code_leaves_an_earlier_run_as_it_was(finished: Path, tiny_folder: Path, tmp_path: Path):
