@@ -7,8 +7,10 @@
 Everything happens in place on the base layer: optimizers, DDP hooks and the output-capture hooks that transformers
 installs once per model hold on to that module and to its Parameters. The base's `.data` gets new storage, so that a
 teacher which shares tensors with the student is never written to, and so that undoing a trial is a matter of putting
-the old tensors back. Where members are of different kinds (sliding and full attention), the base takes over the
-settings of the member that `Operator.source` names. Nothing copies a model: a merge needs room for one layer.
+the old tensors back. For the same reason the config is replaced, not written to: models may have been built from one
+object, and transformers runs as many layers as it says. Where members are of different kinds (sliding and full
+attention), the base takes over the settings of the member that `Operator.source` names. Nothing copies a model: a
+merge needs room for one layer.
 """
 
 import copy
@@ -114,10 +116,9 @@ class Memory:
         Args:
             model: A causal LM of a known family.
         """
-        self._layout, self._config = layout_of(model.config), model.config
+        self._layout, self._config, self._configured = layout_of(model.config), model.config, _configured(model)
         self._layers = self._layout.layers_of(model)
         self._modules = list(self._layers)
-        self._lists = {name: copy.copy(getattr(model.config, name, None)) for name in self._layout.per_layer_fields}
         self._tensors: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._settings: list[tuple[nn.Module, dict[str, object]]] = []
 
@@ -135,10 +136,8 @@ class Memory:
             vars(module).update(plain)
         del self._layers[:]
         self._layers.extend(self._modules)
-        setattr(self._config, self._layout.depth_field, len(self._modules))
-        for name, values in self._lists.items():
-            if values is not None:
-                setattr(self._config, name, values)
+        for module in self._configured:
+            vars(module)["config"] = self._config
         _renumber(self._layers, self._layout)
 
 
@@ -206,9 +205,17 @@ def _remove(model: PreTrainedModel, layout: LayerLayout, step: MergeStep) -> Non
     if kept[step.base] != step.base:
         for module, chosen in zip(layers[step.base].modules(), layers[kept[step.base]].modules(), strict=True):
             vars(module).update(_settings(chosen))
-    layout.keep_layers(model.config, kept)
+    own = copy.deepcopy(model.config)
+    layout.keep_layers(own, kept)
+    for module in _configured(model):
+        vars(module)["config"] = own
     del layers[step.group[1] : step.group[-1] + 1]
     _renumber(layers, layout)
+
+
+def _configured(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that go by the model's config, itself among them."""
+    return [module for module in model.modules() if vars(module).get("config") is model.config]
 
 
 def _settings(module: nn.Module) -> dict[str, object]:

@@ -48,6 +48,7 @@ def state_of(model: PreTrainedModel) -> dict[str, object]:
         "storage": [parameter.data_ptr() for parameter in model.parameters()],
         "objects": [id(thing) for thing in (layers, *layers, *model.parameters())],
         "config": copy.deepcopy(model.config.to_dict()),
+        "configs": [id(vars(module).get("config")) for module in model.modules()],
         "numbers": [layer.self_attn.layer_idx for layer in layers],
         "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
         "logits": logits_of(model),
@@ -154,6 +155,40 @@ def test_teacher_that_shares_its_tensors_is_not_changed(merge: Callable[..., obj
     before = state_of(teacher)
     merge(student, step(1, 2, 3, operator=operator))
     assert_unchanged(teacher, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "merge",
+    [
+        lambda model: surgery.apply(model, STEPS[0]),
+        lambda model: surgery.replay(model, MergeHistory(6, STEPS)),
+    ],
+    ids=["apply", "replay"],
+)
+def test_model_built_from_the_same_config_object_is_not_changed(
+    merge: Callable[[PreTrainedModel], object], family: Family
+):
+    teacher = tiny_llama(model_type=family)
+    student = AutoModelForCausalLM.from_config(teacher.config)
+    assert student.config is teacher.config
+    before = state_of(teacher)
+    merge(student)
+    assert_unchanged(teacher, before)
+    assert {id(config) for module in student.modules() if (config := vars(module).get("config"))} == {
+        id(student.config)
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trial_leaves_both_models_of_one_config_object_as_they_were(family: Family):
+    teacher = tiny_llama(model_type=family)
+    student = AutoModelForCausalLM.from_config(teacher.config)
+    before = [state_of(model) for model in (teacher, student)]
+    with surgery.trial(student, STEPS[0]), surgery.trial(student, STEPS[1]):
+        assert_unchanged(teacher, before[0])
+    for model, state in zip((teacher, student), before, strict=True):
+        assert_unchanged(model, state)
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
