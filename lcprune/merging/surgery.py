@@ -27,7 +27,7 @@ from lcprune.merging.activity import Measure
 from lcprune.merging.architectures import LayerLayout, layout_of
 from lcprune.merging.concat import Concat  # noqa: F401 - plans may name it
 from lcprune.merging.lineage import MergeHistory, MergeStep
-from lcprune.merging.operators import from_spec
+from lcprune.merging.operators import LayerTensors, Operator, from_spec
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def apply(model: PreTrainedModel, step: MergeStep, measure: Measure | None = Non
 
     Raises:
         InputError: If the step does not fit the model's depth, names no operator or one that does not fit the
-            family, or needs activity that nobody measures.
+            family, or needs activity that nobody measures; or if the operator's tensors are not those of a layer.
+            Nothing has changed then.
     """
     layout = layout_of(model.config)
     layers = layout.layers_of(model)
@@ -68,9 +69,9 @@ def apply(model: PreTrainedModel, step: MergeStep, measure: Measure | None = Non
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         tensors = [dict(member.named_parameters()) for member in members]
         merged = operator.merge(tensors, step.shares, layout, activity)
+        _check_merged(operator, merged, tensors[0])
         for name, parameter in members[0].named_parameters():
-            assert merged[name].shape == parameter.shape, f"{step.operator} changed the shape of {name}"
-            parameter.data = merged[name]
+            parameter.data = merged[name].to(parameter)  # an operator of the user's own may have summed in float32
     _remove(model, layout, step)
     removed = tuple(parameter for member in members[1:] for parameter in member.parameters())
     return Outcome(tuple(members[0].parameters()), removed)
@@ -188,6 +189,21 @@ def _check(step: MergeStep, layers: nn.ModuleList) -> None:
             f"group={list(step.group)} holds layers whose weights differ in name or shape (such as dense ones and ones "
             "of experts), which cannot become one layer: choose groups of layers that are built alike."
         )
+
+
+def _check_merged(operator: Operator, merged: LayerTensors, base: LayerTensors) -> None:
+    """Refuses what a user's own operator returns, before any of it is taken over, where it is no layer's tensors."""
+    what = f"operator {type(operator).__name__}"
+    if missing := [name for name in base if name not in merged]:
+        raise InputError(f"{what} returns no tensor {missing[0]!r}: it must return one for every name of its members.")
+    if surplus := [name for name in merged if name not in base]:
+        raise InputError(f"{what} returns a tensor {surplus[0]!r}, which the layer does not have: leave it out.")
+    for name, theta in base.items():
+        if merged[name].shape != theta.shape:
+            raise InputError(
+                f"{what} returns {name!r} of shape {list(merged[name].shape)}, in the layer it is "
+                f"{list(theta.shape)}: keep the members' shapes."
+            )
 
 
 def _kept(config: PretrainedConfig, layout: LayerLayout, step: MergeStep) -> list[int]:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,52 @@ def test_apply_touches_nothing_when_the_step_is_wrong(bad: MergeStep):
     before = state_of(model)
     with pytest.raises(InputError, match=r"group=\[5, 6\] does not fit a model of 6 layers|'Dorp' is not an operator"):
         surgery.apply(model, bad)
+    assert_unchanged(model, before)
+
+
+@dataclass(frozen=True)
+class MeanInFloat32(Operator):
+    """A user's own operator that forgets to go back to the members' dtype."""
+
+    def merge(self, members: Any, shares: Any, layout: Any, activity: Any = ()) -> dict[str, Tensor]:
+        return {name: sum(member[name].float() for member in members) / len(members) for name in members[0]}
+
+
+@dataclass(frozen=True)
+class Spoilt(Operator):
+    """A user's own operator whose last tensor is wrong."""
+
+    how: str = "missing"
+
+    def merge(self, members: Any, shares: Any, layout: Any, activity: Any = ()) -> dict[str, Tensor]:
+        merged = {name: theta.clone() + 1 for name, theta in members[0].items()}
+        name, theta = merged.popitem()
+        wrong = {"missing": {}, "surplus": {name: theta, "own.weight": theta}, "shape": {name: theta[:3]}}
+        return merged | wrong[self.how]
+
+
+def test_merged_layer_keeps_the_dtype_that_it_had():
+    model = tiny_llama(dtype=torch.bfloat16)
+    group = [dict(layers_of(model)[index].named_parameters()) for index in (1, 2)]
+    expected = {name: theta.bfloat16() for name, theta in MeanInFloat32().merge(group, (), None).items()}
+    surgery.apply(model, step(1, 2, operator=MeanInFloat32()))
+    torch.testing.assert_close(dict(layers_of(model)[1].named_parameters()), expected, rtol=0, atol=0)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("missing", r"Spoilt returns no tensor 'post_attention_layernorm.weight'"),
+        ("surplus", r"Spoilt returns a tensor 'own.weight', which the layer does not have"),
+        ("shape", r"Spoilt returns 'post_attention_layernorm.weight' of shape \[3\], in the layer it is \[32\]"),
+    ],
+)
+def test_apply_touches_nothing_when_an_operator_returns_no_layer(how: str, words: str):
+    model = tiny_llama()
+    before = state_of(model)
+    with pytest.raises(InputError, match=words):
+        surgery.apply(model, step(1, 2, operator=Spoilt(how)))
     assert_unchanged(model, before)
 
 
