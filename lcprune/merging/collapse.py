@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging import refit as refits
-from lcprune.merging import surgery
+from lcprune.merging import specs, surgery
 from lcprune.merging.activity import KnownActivity, Measure
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.budget import Budget, PerplexityRatio, feasible_depths, one_of
@@ -99,8 +99,10 @@ def check(model: PreTrainedModel, budget: Budget, planner: Planner, operator: Op
         feasible_depths(planner, depth)
     else:
         planner.check(depth, target)
+    specs.check_kind(Operator, operator)
     operator.check(layout)
     if refit is not None:
+        specs.check_kind(Refit, refit)
         refit.check(layout)
 
 

@@ -13,15 +13,15 @@ parameter of member k, theta_0 of the base.
 base are kept, as LaCo does.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lcprune.errors import InputError
+from lcprune.merging import specs
 from lcprune.merging.activity import Activity
 from lcprune.merging.architectures import LayerLayout
 
@@ -170,55 +170,10 @@ def _plus_differences(
 
 
 def spec_of(operator: Operator) -> dict[str, object]:
-    """The operator as plain data, for a plan: `{"class_path": ..., "init_args": {...}}`."""
-    kind = type(operator)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(operator)}  # type: ignore[call-overload]
-
-
-def check_keys(what: str, spec: Mapping[str, object]) -> None:
-    """Refuses what stands beside `class_path` and `init_args`, where nothing would read it.
-
-    Args:
-        what: `operator` or `refit`.
-        spec: As a plan holds it.
-
-    Raises:
-        InputError: There is something.
-    """
-    beside = next((key for key in spec if key not in ("class_path", "init_args")), None)
-    if beside is not None:
-        raise InputError(
-            f"{what} class_path={str(spec.get('class_path'))!r} has {beside!r} beside it, where nothing reads it: put "
-            "it under init_args."
-        )
+    """The operator as plain data, for a plan; raises InputError as `specs.spec_of` does."""
+    return specs.spec_of(Operator, operator)
 
 
 def from_spec(spec: Mapping[str, object]) -> Operator:
-    """The operator that `spec_of` described; a bare class name means one of lcprune's.
-
-    A plan is data from outside, so it can name only operators of lcprune or of a module that the program has
-    imported by itself.
-
-    Raises:
-        InputError: If the class is not an operator or does not take the arguments.
-    """
-    check_keys("operator", spec)
-    class_path, init_args = str(spec.get("class_path")), spec.get("init_args") or {}
-    module_name, _, name = class_path.rpartition(".")
-    if module_name in ("", "lcprune"):
-        ours = {sub.__name__: sub for sub in Operator.__subclasses__() if sub.__module__.startswith("lcprune.")}
-        kind = ours.get(name)
-    else:
-        kind = getattr(sys.modules.get(module_name), name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Operator) and kind is not Operator):
-        known = ", ".join(sorted(sub.__name__ for sub in Operator.__subclasses__()))
-        raise InputError(f"operator class_path={class_path!r} is not an operator; known are {known}.")
-    known_arguments = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    given = list(init_args) if isinstance(init_args, Mapping) else ["init_args"]
-    unknown = [key for key in given if key not in known_arguments]
-    if unknown:
-        allowed = ", ".join(known_arguments) or "none"
-        raise InputError(f"operator {name} does not take {unknown[0]!r}; its arguments are: {allowed}.")
-    operator = kind(**init_args)  # type: ignore[arg-type]
-    assert isinstance(operator, Operator)
-    return operator
+    """The operator that `spec_of` described; raises InputError as `specs.from_spec` does."""
+    return specs.from_spec(Operator, spec)

@@ -14,19 +14,19 @@ Legend: `B` batch, `T` tokens, `N` tokens of all sequences, `I` inputs of a proj
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lcprune.errors import InputError
+from lcprune.merging import specs
 from lcprune.merging.architectures import LayerLayout, layout_of
 from lcprune.merging.calibration import Batch
 from lcprune.merging.double import in_double, total
 from lcprune.merging.lineage import Lineage, MergeHistory
 from lcprune.merging.observation import observe, observe_attention
-from lcprune.merging.operators import check_keys
 from lcprune.merging.progress import track
 from lcprune.merging.projection import ProjectionFit
 from lcprune.merging.regression import token_weights
@@ -292,34 +292,13 @@ def _scale_contributions(layer: nn.Module, layout: LayerLayout, factor: float) -
 
 
 def spec_of(refit: Refit) -> dict[str, object]:
-    """The refit as plain data, for a plan: `{"class_path": ..., "init_args": {...}}`."""
-    kind = type(refit)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(refit)}  # type: ignore[call-overload]
+    """The refit as plain data, for a plan; raises InputError as `specs.spec_of` does."""
+    return specs.spec_of(Refit, refit)
 
 
 def from_spec(spec: Mapping[str, object]) -> Refit:
-    """The refit that `spec_of` described; a bare class name means one of this module.
-
-    Raises:
-        InputError: If the class is not a refit, or not imported, or does not take the arguments.
-    """
-    check_keys("refit", spec)
-    class_path, init_args = str(spec.get("class_path")), spec.get("init_args") or {}
-    module_name, _, name = class_path.rpartition(".")
-    module = sys.modules.get(__name__ if module_name in ("", "lcprune") else module_name)
-    kind = getattr(module, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Refit) and kind is not Refit):
-        known = ", ".join(sorted(sub.__name__ for sub in Refit.__subclasses__()))
-        raise InputError(f"refit class_path={class_path!r} is not a refit; known are {known}.")
-    allowed = [each.name for each in fields(kind)]  # type: ignore[arg-type]
-    unknown = [key for key in (init_args if isinstance(init_args, Mapping) else ["init_args"]) if key not in allowed]
-    if unknown:
-        raise InputError(
-            f"refit {name} does not take {unknown[0]!r}; its arguments are: {', '.join(allowed) or 'none'}."
-        )
-    refit = kind(**init_args)  # type: ignore[arg-type]
-    assert isinstance(refit, Refit)
-    return refit
+    """The refit that `spec_of` described; raises InputError as `specs.from_spec` does."""
+    return specs.from_spec(Refit, spec)
 
 
 def repair(student: Stream, teacher: Stream, history: MergeHistory, before: MergeHistory) -> None:
