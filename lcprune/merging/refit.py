@@ -315,4 +315,5 @@ def repair(student: Stream, teacher: Stream, history: MergeHistory, before: Merg
         return
     known = set(before.lineage)
     merged = [place for place, ancestors in enumerate(history.lineage) if ancestors not in known]
-    from_spec(spec).refit(student, teacher, history.lineage, merged)
+    with torch.no_grad():  # as operators merge: a user's own refit writes to Parameters that are trained
+        from_spec(spec).refit(student, teacher, history.lineage, merged)

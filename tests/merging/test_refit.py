@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from math import inf, nan
 
 import pytest
@@ -318,6 +319,27 @@ def test_refit_restores_the_mode_of_every_module():
 def test_ridge_refuses_what_it_cannot_do(field: str, value: object):
     with pytest.raises(InputError, match=f"^RidgeRefit: {field}="):
         RidgeRefit(**{field: value})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Doubled(Refit):
+    """A user's own refit, which takes no care of gradients."""
+
+    def refit(self, student: Stream, teacher: Stream, lineage: Lineage, merged: Sequence[int]) -> None:
+        for place in merged:
+            weight = layers_of(student.model)[place].mlp.down_proj.weight
+            doubled = 2 * weight
+            assert not doubled.requires_grad
+            weight.data = doubled
+
+
+def test_refit_of_the_users_own_is_called_without_gradients():
+    model, merged = tiny_llama(), tiny_llama()
+    execute(merged, MergeHistory(6, (MergeStep((2, 3), spec_of(FIRST), (0.5, 0.5)),)))
+    step = MergeStep((2, 3), spec_of(FIRST), (0.5, 0.5), refit=spec_of_refit(Doubled()))
+    execute(model, MergeHistory(6, (step,)), BATCHES)
+    expected, name = weights_of(merged), "model.layers.2.mlp.down_proj.weight"
+    assert_same(weights_of(model), expected | {name: 2 * expected[name]})
 
 
 def test_key_beside_the_arguments_is_refused():
