@@ -174,7 +174,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
         check_packable(model.config, len(inputs["input_ids"]))
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    state: Tensor = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    state: Tensor = model.get_decoder()(**inputs, use_cache=False, return_dict=True).last_hidden_state
     return state
 
 

@@ -26,7 +26,7 @@ from lcprune.merging.calibration import (
 )
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.prefix import PrefixCache, prefixes_of
-from tests.builders import FAMILIES, Family, tiny_llama, token_batches
+from tests.builders import ALL_FAMILIES, FAMILIES, Family, tiny_llama, token_batches
 from tests.merging.planning import last_states, layers_of, masked, plain
 
 DROP_FIRST = {"class_path": "Drop", "init_args": {"keep": "first"}}
@@ -185,6 +185,14 @@ def test_evaluating_restores_every_modules_own_mode_even_when_the_body_raises():
         raise ZeroDivisionError
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_last_state_of_a_model_that_returns_tuples_is_that_of_one_that_does_not(family: Family):
+    model = tiny_llama(model_type=family)
+    expected = hidden_states(model, plain()[0])
+    model.config.return_dict = False
+    assert torch.equal(hidden_states(model, plain()[0]), expected)
 
 
 def test_evaluating_is_eval_mode_without_gradients():
