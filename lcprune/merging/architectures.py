@@ -79,6 +79,27 @@ def check_config(config: PretrainedConfig, named: str) -> None:
         ) from error
 
 
+def check_weights(model: nn.Module) -> None:
+    """Refuses a model in memory whose weights are not all there is to its layers, or are no plain numbers.
+
+    Raises:
+        InputError: Its projections are wrapped by adapters, or its weights are packed.
+    """
+    named = dict(model.named_parameters())
+    if adapted := next((name for name in named if ".lora_" in name or ".base_layer." in name), None):
+        raise InputError(
+            f"The {type(model).__name__} has adapters ({adapted}), and those of several layers cannot become one: put "
+            "them into the weights with merge_and_unload() first, and give the model that it returns."
+        )
+    # Of one byte a number: float8, which counts in units that are kept elsewhere.
+    packed = next((name for name, each in named.items() if not each.is_floating_point() or each.itemsize == 1), None)
+    if packed:
+        raise InputError(
+            f"The {type(model).__name__} is quantised ({packed} is {named[packed].dtype}), and packed numbers cannot "
+            "be merged: load it unquantised."
+        )
+
+
 def _unmet(layout: LayerLayout, config: PretrainedConfig) -> list[str]:
     return [name for name, allowed in layout.only.items() if getattr(config, name, None) not in allowed]
 

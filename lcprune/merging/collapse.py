@@ -14,7 +14,7 @@ from lcprune.errors import InputError
 from lcprune.merging import refit as refits
 from lcprune.merging import specs, surgery
 from lcprune.merging.activity import KnownActivity, Measure
-from lcprune.merging.architectures import layout_of
+from lcprune.merging.architectures import check_weights, layout_of
 from lcprune.merging.budget import Budget, PerplexityRatio, feasible_depths, one_of
 from lcprune.merging.budget import check_target_depth as check_target_depth
 from lcprune.merging.calibration import Batch, Calibration
@@ -90,8 +90,10 @@ def check(model: PreTrainedModel, budget: Budget, planner: Planner, operator: Op
     """Refuses what can be known to fail from shapes alone: a model on the meta device will do.
 
     Raises:
-        InputError: If the model cannot become so short, or planner, operator or refit do not fit it.
+        InputError: If the model has adapters or packed weights, cannot become so short, or planner, operator or refit
+            do not fit it.
     """
+    check_weights(model)
     layout = layout_of(model.config)
     planner.check_family(layout)
     depth, target = len(layout.layers_of(model)), budget.depth(model)
@@ -110,9 +112,10 @@ def check_plan(model: PreTrainedModel, history: MergeHistory) -> None:
     """Refuses a plan that shapes alone show not to fit: a model on the meta device will do.
 
     Raises:
-        InputError: The plan is for a model of another depth, or an operator or refit of it does not exist, does not
-            take its arguments or does not fit the family.
+        InputError: The model has adapters or packed weights, the plan is for one of another depth, or an operator or
+            refit of it does not exist, does not take its arguments or does not fit the family.
     """
+    check_weights(model)
     layout = layout_of(model.config)
     depth = len(layout.layers_of(model))
     if history.teacher_depth != depth:

@@ -18,6 +18,8 @@ from typing import Literal
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lcprune.errors import InputError
+
 
 @dataclass(frozen=True)
 class Producer:
@@ -88,8 +90,14 @@ class LayerLayout:
     """Whether projections are stored as [inputs, outputs] (Conv1D) instead of [outputs, inputs]."""
 
     def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
-        """The decoder layers of a causal LM of this family."""
-        layers = model.get_submodule(self.layers)
+        """The decoder layers of a causal LM of this family; raises InputError for a model that is none itself."""
+        try:
+            layers = model.get_submodule(self.layers)
+        except AttributeError as error:
+            raise InputError(
+                f"{type(model).__name__} has no {self.layers}, where a causal LM of the family {self.model_type!r} has "
+                "its layers: give that model itself, of a PeftModel what its merge_and_unload() returns."
+            ) from error
         assert isinstance(layers, nn.ModuleList), f"{self.layers} of {self.model_type} is not a ModuleList"
         return layers
 

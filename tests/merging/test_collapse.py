@@ -1,12 +1,14 @@
 """Plan, edit, execute: a shorter model without any training."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
@@ -49,6 +51,60 @@ def test_collapse_reaches_the_target_and_says_how(family: Family):
     history = collapse(model, batches(), target_depth=2)
     assert model.config.num_hidden_layers == history.depth == 2
     assert history.teacher_depth == 6
+
+
+def adapted(model: PreTrainedModel) -> PreTrainedModel:
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))  # type: ignore[return-value]
+
+
+def adapted_inside(model: PreTrainedModel) -> PreTrainedModel:
+    return adapted(model).get_base_model()  # type: ignore[operator, no-any-return]
+
+
+def packed_into(dtype: torch.dtype) -> Callable[[PreTrainedModel], PreTrainedModel]:
+    def pack(model: PreTrainedModel) -> PreTrainedModel:
+        for layer in model.model.layers:
+            weight = layer.mlp.up_proj.weight
+            layer.mlp.up_proj.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        return model
+
+    return pack
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (adapted, r"The PeftModel has adapters \(base_model\..*\).* merge_and_unload\(\) first"),
+        (adapted_inside, r"The LlamaForCausalLM has adapters \(model\..*\).* merge_and_unload\(\) first"),
+        (packed_into(torch.uint8), r"is quantised \(model\.layers\.0\..* is torch\.uint8\).*: load it unquantised"),
+        (packed_into(torch.int8), r"is quantised .* is torch\.int8\)"),
+        (packed_into(torch.float8_e4m3fn), r"is quantised .* is torch\.float8_e4m3fn\)"),
+    ],
+)
+def test_model_of_more_than_plain_weights_is_refused_and_left(
+    wrap: Callable[[PreTrainedModel], PreTrainedModel], words: str
+):
+    model = wrap(tiny_llama())
+    weights = weights_of(model)
+    with pytest.raises(InputError, match=words):
+        plan(model, batches(), target_depth=4)
+    with pytest.raises(InputError, match=words):
+        execute(model, MergeHistory(6, (MergeStep((1, 2), spec_of(Drop()), (0.5, 0.5)),)))
+    assert_same(weights_of(model), weights)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+def test_model_whose_adapters_were_put_into_its_weights_merges():
+    model = adapted(tiny_llama()).merge_and_unload()  # type: ignore[operator]
+    assert collapse(model, batches(), target_depth=4).depth == 4
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+@pytest.mark.parametrize(("wrap", "name"), [(adapted, "PeftModel"), (lambda model: model.model, "LlamaModel")])
+def test_model_that_is_no_causal_lm_itself_is_refused_by_name(wrap: Callable[..., PreTrainedModel], name: str):
+    with pytest.raises(InputError, match=rf"{name} has no model\.layers, .*: give that model itself"):
+        Calibration(wrap(tiny_llama()), batches()).stats(1)
 
 
 def test_collapse_is_plan_and_then_execute():
