@@ -19,8 +19,9 @@ from lcprune.distillation.strategies import is_ddp, is_sharding, is_tensor_paral
 from lcprune.distillation.teacher import DtypeName
 from lcprune.distillation.trained import Trained, trained_layers, trains_adapters
 from lcprune.errors import InputError
-from lcprune.merging.calibration import UNPACKABLE, Batch, check_packable
+from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import Lineage
+from lcprune.merging.packed import UNPACKABLE, check_packable
 
 
 def try_out(make_optimizer: OptimizerCallable, make_scheduler: LRSchedulerCallable | None) -> Optimizer:

@@ -15,16 +15,16 @@ from functools import cached_property
 from math import isfinite
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging.activity import KnownActivity
 from lcprune.merging.architectures import LayerLayout, layout_of
 from lcprune.merging.double import in_double
 from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.packed import check_packable
 from lcprune.merging.progress import track
 
 Batch = Mapping[str, Tensor]
@@ -39,10 +39,6 @@ Hook = Callable[[nn.Module, tuple[object, ...], Tensor | tuple[Tensor, ...]], No
 
 HEAD_CHUNK = 1024
 """Tokens whose logits exist at once when a loss is measured."""
-
-_MASKS_FALCON = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
-UNPACKABLE = ("bloom", "opt") if _MASKS_FALCON else ("bloom", "opt", "falcon")
-"""Families whose attention in transformers does not look at position ids: documents in a row would see each other."""
 
 HEAD_FIELDS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 """Config fields of what a head does to its logits: factor (cohere), divisor (granite), soft cap (gemma2)."""
@@ -176,36 +172,6 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     state: Tensor = model.get_decoder()(**inputs, use_cache=False, return_dict=True).last_hidden_state
     return state
-
-
-def check_packable(config: PretrainedConfig, rows: int) -> None:
-    """Refuses rows of several documents where attention would not keep these apart.
-
-    transformers makes the block-diagonal mask from position ids, and flash attention from those of a single row.
-
-    Args:
-        config: Of the model.
-        rows: B.
-
-    Raises:
-        InputError: It would not.
-    """
-    if config.model_type in UNPACKABLE:
-        raise InputError(
-            f"data.packing=separate: attention of the family {config.model_type!r} cannot keep documents of one block "
-            f"apart in transformers {transformers.__version__}: set data.packing to pad, or to concatenate."
-        )
-    if one_packed_row(config) and rows > 1:
-        raise InputError(
-            f"data.packing=separate with {config._attn_implementation} keeps documents apart in one block at a time, "
-            f"and data.batch_size is {rows}: set data.batch_size to 1 (with trainer.accumulate_grad_batches), or "
-            "data.packing to pad."
-        )
-
-
-def one_packed_row(config: PretrainedConfig) -> bool:
-    """Whether attention keeps documents apart in a batch of one row only."""
-    return "flash" in (getattr(config, "_attn_implementation", None) or "")
 
 
 def logits(model: PreTrainedModel, states: Tensor) -> Tensor:

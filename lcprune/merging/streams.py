@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lcprune.merging.architectures import layout_of
-from lcprune.merging.calibration import Batch, evaluating, hidden_states, mask_of, one_packed_row, stream_of
+from lcprune.merging.calibration import Batch, evaluating, hidden_states, mask_of, stream_of
+from lcprune.merging.packed import one_packed_row
 
 TOKENS_AT_ONCE = 512
 """Tokens that run through a layer together; fewer leave the processor waiting for the weights, more outgrow its caches

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
-from lcprune.merging.calibration import UNPACKABLE, Batch, Calibration, collect, hidden_states, last_tokens, logits
+from lcprune.merging.calibration import Batch, Calibration, collect, hidden_states, last_tokens, logits
 from lcprune.merging.gradients import Taylor
+from lcprune.merging.packed import UNPACKABLE
 from lcprune.merging.prefix import prefixes_of
 from lcprune.merging.streams import Stream, one_by_one, regrouped
 from tests.builders import ALL_FAMILIES, Family, tiny_config, tiny_llama, token_batches
