@@ -26,6 +26,7 @@ from lcprune.merging.double import in_double
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.packed import check_packable
 from lcprune.merging.progress import track
+from lcprune.merging.storages import Storages
 
 Batch = Mapping[str, Tensor]
 """`input_ids` [B, T]; `attention_mask` [B, T] and `labels` [B, T] (-100 = not scored) where they are needed.
@@ -286,7 +287,10 @@ class SpanSums:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Everything a planner may look at: the model as it stands, the text, the original model, the history so far."""
+    """Everything a planner may look at: the model as it stands, the text, the original model, the history so far.
+
+    What was measured is answered without another pass for as long as the model's weights are the same (see `Storages`).
+    """
 
     model: PreTrainedModel
     """The student that will be merged; planners leave it as they found it."""
@@ -298,8 +302,8 @@ class Calibration:
     """How `model` came from the original; None = not merged yet."""
     known: KnownActivity = field(default_factory=KnownActivity, repr=False)
     """Activity that planners measured on all of the text, which executing the plan need not measure again."""
-    _stats: dict[tuple[int, ...], LayerStats] = field(default_factory=dict, repr=False)
-    _scores: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    _stats: dict[tuple[int, ...], tuple[Storages, LayerStats]] = field(default_factory=dict, repr=False)
+    _scores: dict[str, tuple[Storages, tuple[float, ...]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batches", tuple(self.batches))  # walked through more than once
@@ -332,12 +336,16 @@ class Calibration:
         return {name: parameter.detach() for name, parameter in layer.named_parameters()}
 
     def stats(self, *spans: int) -> LayerStats:
-        """`collect` for at least these spans, once."""
-        for known, stats in self._stats.items():
-            if set(spans) <= set(known):
+        """`collect` for at least these spans, once for a model as it stands."""
+        for known, (storages, stats) in self._stats.items():
+            if set(spans) <= set(known) and storages.are_those_of(self.model):
                 return stats
-        self._stats[spans] = collect(self.model, self.batches, spans)
-        return self._stats[spans]
+        self._stats[spans] = Storages(self.model), self.collect(spans)
+        return self._stats[spans][1]
+
+    def collect(self, spans: Sequence[int]) -> LayerStats:
+        """One pass of the model as it stands."""
+        return collect(self.model, self.batches, spans)
 
     def check_stream(self, figures: Iterable[float]) -> None:
         """Raises InputError if figures of the model as it stands are no numbers because its stream is none."""
@@ -345,10 +353,10 @@ class Calibration:
             collect(self.model, self.batches)
 
     def scores(self, name: str, score: Callable[["Calibration"], tuple[float, ...]]) -> tuple[float, ...]:
-        """`score(self)`, once for each name: planning to several depths judges the layers only once."""
-        if name not in self._scores:
-            self._scores[name] = score(self)
-        return self._scores[name]
+        """`score(self)`, once for each name and model: planning to several depths judges the layers only once."""
+        if name not in self._scores or not self._scores[name][0].are_those_of(self.model):
+            self._scores[name] = Storages(self.model), score(self)
+        return self._scores[name][1]
 
     @cached_property
     def reference(self) -> tuple[Tensor, ...]:

@@ -159,11 +159,9 @@ class StreamedCalibration(Calibration):
         """The parameters of one layer, read whenever they are asked for."""
         return self.stored.layer(index)
 
-    def stats(self, *spans: int) -> LayerStats:
-        """`StoredModel.stats` for at least these spans, once."""
-        if not any(set(spans) <= set(known) for known in self._stats):
-            self._stats[spans] = self.stored.stats(self.batches, spans)
-        return super().stats(*spans)
+    def collect(self, spans: Sequence[int]) -> LayerStats:
+        """One pass, layer by layer."""
+        return self.stored.stats(self.batches, spans)
 
 
 def check_planner(planner: Planner) -> None:

@@ -1,5 +1,6 @@
 """What is measured on text, against what transformers itself returns."""
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from math import pi
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging import calibration as room
+from lcprune.merging import surgery
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import (
     Batch,
@@ -24,6 +26,7 @@ from lcprune.merging.calibration import (
     next_tokens,
     token_loss,
 )
+from lcprune.merging.criteria import BlockInfluence
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.prefix import PrefixCache, prefixes_of
 from tests.builders import ALL_FAMILIES, FAMILIES, Family, tiny_llama, token_batches
@@ -243,6 +246,55 @@ def test_stats_are_collected_once(monkeypatch: pytest.MonkeyPatch):
     first = calibration.stats(1)
     monkeypatch.setattr(room, "collect", None)
     assert calibration.stats(1) is first
+
+
+def merge_two(model: PreTrainedModel) -> None:
+    surgery.apply(model, MergeStep((1, 2), DROP_FIRST, (0.5, 0.5)))
+
+
+def write_in_place(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        layers_of(model)[2].mlp.down_proj.weight.mul_(2.0)
+
+
+def take_new_storage(model: PreTrainedModel) -> None:
+    weight = layers_of(model)[2].mlp.down_proj.weight
+    weight.data = 2 * weight.data
+
+
+@pytest.mark.parametrize("change", [merge_two, write_in_place, take_new_storage])
+def test_a_model_that_has_changed_is_measured_afresh(change: Callable[[PreTrainedModel], None]):
+    model = tiny_llama()
+    calibration = Calibration(model, plain())
+    before = calibration.stats(1), calibration.scores("BlockInfluence", BlockInfluence().score)
+    change(model)
+    after = calibration.stats(1), calibration.scores("BlockInfluence", BlockInfluence().score)
+    anew = Calibration(model, plain())
+    assert after == (anew.stats(1), BlockInfluence().score(anew))
+    assert after != before
+
+
+def test_every_trial_is_measured_itself():
+    model = tiny_llama()
+    calibration = Calibration(model, plain())
+    before, found = calibration.stats(1), []
+    for keep in ("first", "last", "first"):  # what the first leaves free the next may get, at the same address
+        step = MergeStep((1, 2), {"class_path": "Drop", "init_args": {"keep": keep}}, (0.5, 0.5))
+        with surgery.trial(model, step):
+            found.append(calibration.stats(1))
+            assert found[-1] == collect(model, plain())
+    assert calibration.stats(1) == before
+    assert found[0] == found[2] != found[1]
+
+
+def test_measuring_keeps_no_weights_alive():
+    model = tiny_llama()
+    calibration = Calibration(model, plain())
+    calibration.stats(1)
+    storages = [weakref.ref(parameter.untyped_storage()) for parameter in layers_of(model)[2].parameters()]
+    merge_two(model)
+    assert all(storage() is None for storage in storages)
+    assert calibration.stats(1).tokens > 0
 
 
 def test_reference_is_the_original_models_last_state():

@@ -77,10 +77,10 @@ def test_one_shot_ranking_removes_a_layer_without_a_score_last():
     assert MergeHistory(6, steps).lineage == ((0, 1), (2, 3, 4, 5))
 
 
-def test_contiguous_block_without_a_score_is_not_chosen():
-    calibration = Calibration(tiny_llama(), plain())
-    calibration._stats[2,] = LayerStats({2: (0.0,) * 5}, {2: (0.1, nan, 0.3, 0.2, nan)}, 1)
-    (step,) = ContiguousBlock().plan(calibration, Drop(keep="first"), 4)
+def test_contiguous_block_without_a_score_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
+    stats = LayerStats({2: (0.0,) * 5}, {2: (0.1, nan, 0.3, 0.2, nan)}, 1)
+    monkeypatch.setattr("lcprune.merging.calibration.collect", lambda *_: stats)
+    (step,) = ContiguousBlock().plan(Calibration(tiny_llama(), plain()), Drop(keep="first"), 4)
     assert step.group == (2, 3, 4)
 
 
