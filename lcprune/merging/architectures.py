@@ -14,17 +14,18 @@ earliest among equals). Config entries and module settings come from that member
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from lcprune.errors import InputError, reason
-from lcprune.merging.families import LAYOUTS, Branch, LayerLayout, Producer
+from lcprune.merging import families
+from lcprune.merging.families import Branch, LayerLayout, Producer
 
-__all__ = ["LAYOUTS", "Branch", "LayerLayout", "Producer", "layout_of"]
+__all__ = ["Branch", "LayerLayout", "Producer", "layout_of"]
 
 _LOG = logging.getLogger(__name__)
 _LLAMA = LayerLayout("llama")
@@ -36,7 +37,7 @@ def layout_of(config: PretrainedConfig) -> LayerLayout:
     Raises:
         InputError: For a family that is neither, or for settings of a known one that no record holds for.
     """
-    records = [layout for layout in LAYOUTS if layout.model_type == config.model_type]
+    records = [layout for layout in families.LAYOUTS if layout.model_type == config.model_type]
     for layout in records:
         if not _unmet(layout, config):
             return layout
@@ -130,8 +131,7 @@ _CANNOT_BE_BUILT = (
 def _recognise(config: PretrainedConfig) -> LayerLayout:
     """A record for a family that has none, read off a model without weights."""
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        model = _built(config)
     except _CANNOT_BE_BUILT as error:
         raise InputError(_unknown(config, "transformers builds no causal LM from its config")) from error
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -156,6 +156,27 @@ def _recognise(config: PretrainedConfig) -> LayerLayout:
         ),
         norm_offset=_norm_offset(layers[0].get_submodule("input_layernorm")),
     )
+
+
+def _built(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal LM of a config without weights, of transformers' or of a class that the program has defined."""
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        except ValueError:  # it is not registered
+            own = [kind for kind in _below(PreTrainedModel) if kind.config_class is type(config)]
+            own = [kind for kind in own if issubclass(kind, GenerationMixin)]
+            if not own or own[0].__module__.startswith("transformers."):
+                raise
+            model = own[0](copy.deepcopy(config))
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _below(kind: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:
+    for sub in kind.__subclasses__():
+        yield sub
+        yield from _below(sub)
 
 
 def _difference_from_llama(model: PreTrainedModel, config: PretrainedConfig, path: str, layers: nn.ModuleList) -> str:
@@ -209,10 +230,10 @@ def _norm_offset(norm: nn.Module) -> float:
 
 
 def _unknown(config: PretrainedConfig, difference: str, path: str = "...") -> str:
-    known = ", ".join(dict.fromkeys(layout.model_type for layout in LAYOUTS))
+    known = ", ".join(dict.fromkeys(layout.model_type for layout in families.LAYOUTS))
     return (
         f"model_type={config.model_type!r} is a family lcprune does not know and that is not shaped like Llama "
-        f"({difference}); it knows {known}: choose a model of one of these, or add one record to LAYOUTS in "
-        f"lcprune/merging/families.py, LayerLayout({config.model_type!r}, layers={path!r}, ...) with the names that "
-        "differ from Llama's."
+        f"({difference}); it knows {known}: choose a model of one of these, or add one record to "
+        f"lcprune.merging.families.LAYOUTS, LayerLayout({config.model_type!r}, layers={path!r}, ...) with the names "
+        "that differ from Llama's."
     )

@@ -259,4 +259,7 @@ LAYOUTS: tuple[LayerLayout, ...] = (
     _falcon("input_layernorm", "input_layernorm", {"parallel_attn": (True,)}),
     _falcon("input_layernorm", "post_attention_layernorm", {"parallel_attn": (False,)}),
 )
-"""Every family that can be merged; add a record to add a family."""
+"""Every family that can be merged; add a record to add a family.
+
+From outside: `families.LAYOUTS = (*families.LAYOUTS, LayerLayout("my-family", ...))`.
+"""

@@ -10,6 +10,8 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     HeliumConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     OlmoConfig,
     OPTConfig,
@@ -21,11 +23,14 @@ from transformers import (
 )
 
 from lcprune.errors import InputError
-from lcprune.merging import architectures
-from lcprune.merging.architectures import LAYOUTS, LayerLayout, layout_of
+from lcprune.merging import architectures, families
+from lcprune.merging.architectures import LayerLayout, layout_of
+from lcprune.merging.collapse import collapse
 from lcprune.merging.concat import Concat
+from lcprune.merging.families import LAYOUTS
 from lcprune.merging.operators import Drop
 from tests.builders import ALL_FAMILIES, Family, tiny_config, tiny_llama
+from tests.merging.planning import plain
 
 EXPERTS = {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 
@@ -213,6 +218,43 @@ def test_unlisted_family_of_llamas_shape_is_recognised_and_the_log_says_so_once(
     ours = [record.message for record in caplog.records if record.name.startswith("lcprune")]
     assert [message.split(";")[0] for message in ours] == [f"model_type={config.model_type!r} has no record in lcprune"]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class OwnConfig(LlamaConfig):
+    """Of a model that nobody has registered with transformers."""
+
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+class OwnBlocksConfig(LlamaConfig):
+    model_type = "own-blocks"
+
+
+class OwnBlocks(LlamaForCausalLM):
+    config_class = OwnBlocksConfig
+
+    def __init__(self, config: OwnBlocksConfig) -> None:
+        super().__init__(config)
+        self.blocks = self.model.layers
+
+
+def test_class_of_ones_own_that_is_shaped_like_llama_is_recognised_without_being_registered():
+    model = OwnModel(OwnConfig(**SIZES))
+    assert layout_of(model.config) == LayerLayout("own", per_layer_fields=())
+    assert collapse(model, plain(), target_depth=2).depth == model.config.num_hidden_layers == 2
+
+
+def test_record_that_is_added_from_outside_is_found(monkeypatch: pytest.MonkeyPatch):
+    record = LayerLayout("own-blocks", layers="blocks")
+    monkeypatch.setattr(families, "LAYOUTS", (*LAYOUTS, record))
+    model = OwnBlocks(OwnBlocksConfig(**SIZES))
+    assert layout_of(model.config) is record
+    assert collapse(model, plain(), target_depth=2).depth == len(model.blocks) == 2
+    assert layout_of(tiny_config()) is LAYOUTS[0]
 
 
 def test_recognised_family_brings_its_norms_numbers_and_lists():
