@@ -30,6 +30,7 @@ from lcprune.distillation.teacher import cast
 from lcprune.errors import InputError
 from lcprune.files import path_of
 from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.collapse import remember
 from lcprune.merging.criteria import (
     AngularDistance,
     BlockInfluence,
@@ -168,6 +169,7 @@ def distill(
     trainer.fit(module, datamodule=text)
     trained = module.student.to("cpu").eval()  # type: ignore[arg-type]
     cast(trained, dtype)
+    remember(trained, module.history)
     return trained, module.history
 
 

@@ -93,6 +93,18 @@ def test_distill_merges_meanwhile_and_its_history_says_so(text: TextDataModule):
     assert [step.global_step for step in history.steps] == [0, 1]
 
 
+def test_model_that_merged_while_it_was_distilled_is_no_original(text: TextDataModule, tmp_path: Path):
+    collapse = ProgressiveCollapse(Evenly(5, first=0))
+    student, history = lcprune.distill(text.tokenizer, text.tokenizer, text, collapse=collapse, steps=1)
+    with pytest.raises(InputError, match=r"from 6 layers to 5: go on from that with history=h1"):
+        lcprune.collapse(student, text.calibration_batches(), target_depth=4)
+    history = lcprune.collapse(student, text.calibration_batches(), target_depth=4, history=history)
+    out = lcprune.export(student, tmp_path / "short", tokenizer=text.tokenizer, history=history)
+    found = lcprune.load_history(out)
+    assert (found.teacher, found.teacher_depth, found.depth) == (text.tokenizer, 6, 4)
+    assert "6 -> 4 layers" in (out / "README.md").read_text()
+
+
 def test_distill_gives_back_the_dtype_it_was_given(text: TextDataModule):
     model, history = shortened(text)
     student, _ = lcprune.distill(model.to(torch.bfloat16), text.tokenizer, text, history=history, steps=1)

@@ -34,7 +34,7 @@ from lcprune.distillation.triggers import ByTokens, WhenRecovered  # noqa: F401 
 from lcprune.errors import InputError, RunError
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, Calibration
-from lcprune.merging.collapse import with_refit
+from lcprune.merging.collapse import check_target, remember, with_refit
 from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator
 from lcprune.merging.planners import OneShotRanking, Planner
@@ -184,15 +184,7 @@ class ProgressiveCollapse(Callback):
 
     def check_target(self, done: MergeHistory, target: int) -> None:
         """Raises InputError if it is known that the planner does not get a student of this history down to a depth."""
-        planner = self.method(target).planner
-        after = planner.foresee(done.lineage, target) if done.steps else None
-        if after is None:
-            planner.check(done.depth, target)
-        elif len(after) > target:
-            raise InputError(
-                f"{planner} leaves {len(after)} of the student's {done.depth} layers, {target} are asked for: "
-                "name more groups or raise the target depth."
-            )
+        check_target(self.method(target).planner, done, target)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merges that are due at the step a run starts or resumes at; refuses those that the epochs end before.
@@ -302,6 +294,7 @@ class ProgressiveCollapse(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where the student has not become as short as the schedule wanted."""
         module = _ours(pl_module)
+        remember(module.student, module.history)
         if self.schedule is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         depth, target = module.history.depth, self.schedule.target(module.begun.depth)

@@ -3,6 +3,7 @@
 history = collapse(model, batches, target_depth=24)          # model is changed in place
 history = plan(model, batches, target_depth=24)              # nothing is touched; or target_params="100M" ...
 execute(model, history, batches)                             # ... until now, perhaps after editing it
+history = collapse(model, batches, target_depth=20, history=history)   # goes on from there; all merges are in it
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ from lcprune.merging.remeasure import Trail
 from lcprune.merging.streams import FadingStream, Stream, regrouped
 from lcprune.merging.within import plan_within
 
+MARK = "_lcprune_history"
+"""Attribute of a merged model in memory: its history as JSON. A deep copy has it, no state dict and no saved folder."""
+
 
 def plan(
     model: PreTrainedModel,
@@ -39,12 +43,13 @@ def plan(
     planner: Planner | None = None,
     operator: Operator | None = None,
     refit: Refit | None = None,
+    history: MergeHistory | None = None,
     known: KnownActivity | None = None,
 ) -> MergeHistory:
     """Plans how to shorten a model; leaves it as it is.
 
     Args:
-        model: An unmerged causal LM of a known family.
+        model: A causal LM of a known family.
         batches: Calibration batches, `input_ids` [B, T] each.
         target_depth: How short, in layers; a planner with a threshold of its own may stop before. Give one of four.
         target_params: How short, in parameters at most, such as "100M".
@@ -53,13 +58,16 @@ def plan(
         planner: Which layers merge; default OneShotRanking by BlockInfluence.
         operator: What becomes of their weights; default Drop.
         refit: How the merged model is repaired; default not at all.
+        history: How a model that was shortened before came from the original; None = it was not. What planners compare
+            with, and refits aim at, is then the model as it stands.
         known: Takes what the planner measures of the model on the batches; hand it to `execute` with the same two.
 
     Returns:
-        The history that executing the plan will leave behind.
+        The history that executing the plan will leave behind, earlier merges included.
 
     Raises:
-        InputError: If the budget, the family or the plan does not fit the model.
+        InputError: If the budget, the family or the plan does not fit the model, or the model was shortened before in
+            this process and `history` does not say how.
     """
     budget = one_of(
         target_depth=target_depth,
@@ -69,10 +77,11 @@ def plan(
     )
     if budget is None:
         raise InputError("How short? Give target_depth, target_params, target_size or max_perplexity_ratio.")
-    calibration = Calibration(model, batches, known=known if known is not None else KnownActivity())
+    done = _done(model, history, budget)
+    calibration = Calibration(model, batches, history=history, known=known if known is not None else KnownActivity())
     planner = planner if planner is not None else OneShotRanking()
     operator = operator if operator is not None else Drop()
-    check(model, budget, planner, operator, refit)
+    check(model, budget, planner, operator, refit, done)
     planner.check_text(calibration.batches)
     if refit is not None:
         refit.check_text(calibration.batches)
@@ -83,11 +92,61 @@ def plan(
         assert target is not None
         steps = planner.plan(calibration, operator, target)
         budget.check_reached(planner, MergeHistory(calibration.depth, steps).depth, target)
-    return MergeHistory(calibration.depth, with_refit(steps, refit), teacher=model.config.name_or_path or "")
+    return done.extend(with_refit(steps, refit))
 
 
-def check(model: PreTrainedModel, budget: Budget, planner: Planner, operator: Operator, refit: Refit | None) -> None:
+def _done(model: PreTrainedModel, history: MergeHistory | None, budget: Budget) -> MergeHistory:
+    """How the model came to be as it is; raises InputError if that is not known, or does not fit it."""
+    depth = len(layout_of(model.config).layers_of(model))
+    if history is None:
+        if (before := remembered(model)) is not None:
+            raise InputError(
+                f"The model has been shortened before, from {before.teacher_depth} layers to {before.depth}: go on "
+                "from that with history=h1, h1 being what lcprune.collapse returned then (or the plan executed)."
+            )
+        return MergeHistory(depth, teacher=model.config.name_or_path or "")
+    if history.depth != depth:
+        raise InputError(
+            f"history ends with {history.depth} layers, the model has {depth}: give the whole history of this model, "
+            "as lcprune.collapse or lcprune.distill returned it last or lcprune.load_history reads it."
+        )
+    if history.steps and isinstance(budget, PerplexityRatio):
+        raise InputError(
+            f"max_perplexity_ratio={budget.max_perplexity_ratio} is about the original, and the model has been "
+            "shortened before: give target_depth, target_params or target_size."
+        )
+    return history
+
+
+def remember(model: PreTrainedModel, history: MergeHistory) -> None:
+    """Notes on a model in memory how it came to be, so that nobody takes it for an original."""
+    if history.steps:
+        vars(model)[MARK] = history.to_json()
+
+
+def remembered(model: PreTrainedModel) -> MergeHistory | None:
+    """How a model in memory came to be; None if it has not been merged in this process."""
+    noted = vars(model).get(MARK)
+    return None if noted is None else MergeHistory.from_json(noted)
+
+
+def check(
+    model: PreTrainedModel,
+    budget: Budget,
+    planner: Planner,
+    operator: Operator,
+    refit: Refit | None,
+    done: MergeHistory | None = None,
+) -> None:
     """Refuses what can be known to fail from shapes alone: a model on the meta device will do.
+
+    Args:
+        model: To become shorter.
+        budget: How short.
+        planner: Which layers merge.
+        operator: What becomes of their weights.
+        refit: How the merged model is repaired.
+        done: How the model came to be as it is; None = it is the original.
 
     Raises:
         InputError: If the model has adapters or packed weights, cannot become so short, or planner, operator or refit
@@ -100,12 +159,24 @@ def check(model: PreTrainedModel, budget: Budget, planner: Planner, operator: Op
     if target is None:
         feasible_depths(planner, depth)
     else:
-        planner.check(depth, target)
+        check_target(planner, done if done is not None else MergeHistory(depth), target)
     specs.check_kind(Operator, operator)
     operator.check(layout)
     if refit is not None:
         specs.check_kind(Refit, refit)
         refit.check(layout)
+
+
+def check_target(planner: Planner, done: MergeHistory, target: int) -> None:
+    """Raises InputError if it is known that the planner does not get a model of this history down to a depth."""
+    after = planner.foresee(done.lineage, target) if done.steps else None
+    if after is None:
+        planner.check(done.depth, target)
+    elif len(after) > target:
+        raise InputError(
+            f"{planner} leaves {len(after)} of the student's {done.depth} layers, {target} are asked for: "
+            "name more groups or raise the target depth."
+        )
 
 
 def check_plan(model: PreTrainedModel, history: MergeHistory) -> None:
@@ -119,7 +190,10 @@ def check_plan(model: PreTrainedModel, history: MergeHistory) -> None:
     layout = layout_of(model.config)
     depth = len(layout.layers_of(model))
     if history.teacher_depth != depth:
-        raise InputError(f"teacher_depth={history.teacher_depth} of the plan is not the model's, which is {depth}.")
+        raise InputError(
+            f"teacher_depth={history.teacher_depth} of the plan is not the model's, which is {depth}: load the model "
+            "that the plan begins with, or execute only what is left, plan.after(history of the model)."
+        )
     for step in history.steps:
         from_spec(step.operator).check(layout)
         if step.refit is not None:
@@ -133,11 +207,11 @@ def execute(
     *,
     known: KnownActivity | None = None,
 ) -> None:
-    """Merges an unmerged model in place as a plan says; checks the whole plan before it touches anything.
+    """Merges a model in place as a plan says; checks the whole plan before it touches anything.
 
     Args:
         model: A causal LM of a known family.
-        history: The plan.
+        history: The plan, for the model as it stands; or one that begins with the merges that it has from this process.
         batches: Calibration batches; refits and operators that look at what layers do on text (`Concat`) need them.
         known: What `plan` measured of this model on these batches: it is not measured again.
 
@@ -145,7 +219,26 @@ def execute(
         InputError: If the plan is for a model of another depth, or names an operator that does not exist, does not
             fit the family, or needs batches where there are none.
     """
-    batches = tuple(batches)
+    depth, before = len(layout_of(model.config).layers_of(model)), remembered(model)
+    if before is None or before.depth != depth:
+        before = MergeHistory(depth, teacher=history.teacher)
+    rest = history.after(before) if history.teacher_depth != depth else None
+    if rest is None:
+        _carry_out(model, history, tuple(batches), known)
+        remember(model, before.extend(history.steps))
+    else:
+        _carry_out(model, rest, tuple(batches), known, before.steps)
+        remember(model, history)
+
+
+def _carry_out(
+    model: PreTrainedModel,
+    history: MergeHistory,
+    batches: Sequence[Batch],
+    known: KnownActivity | None,
+    earlier: tuple[MergeStep, ...] = (),
+) -> None:
+    """`execute` for a plan that begins with the model as it stands, `earlier` being the merges that `known` counts."""
     check_plan(model, history)
     depth = history.teacher_depth
     for operator in (from_spec(step.operator) for step in history.steps):
@@ -160,7 +253,7 @@ def execute(
     trail = Trail(model, batches) if batches else None
     done = repaired = MergeHistory(depth)
     for number, step in enumerate(track(history.steps, "merging layers")):
-        surgery.apply(model, step, _measure(done, trail, known))
+        surgery.apply(model, step, _measure((*earlier, *done.steps), trail, known))
         done = done.append(step)
         if trail is not None:
             trail.forget(step.base)
@@ -172,12 +265,12 @@ def execute(
             repaired, trail = done, Trail(model, batches)
 
 
-def _measure(done: MergeHistory, trail: Trail | None, known: KnownActivity | None) -> Measure | None:
+def _measure(done: Sequence[MergeStep], trail: Trail | None, known: KnownActivity | None) -> Measure | None:
     """The activity of the model after these merges: known, or from a walk along the trail."""
     if trail is None:
         return None
     found = known if known is not None else KnownActivity()
-    return lambda wanted: found.find(done.steps, wanted) or trail.activity(wanted)
+    return lambda wanted: found.find(done, wanted) or trail.activity(wanted)
 
 
 def collapse(
@@ -191,10 +284,11 @@ def collapse(
     planner: Planner | None = None,
     operator: Operator | None = None,
     refit: Refit | None = None,
+    history: MergeHistory | None = None,
 ) -> MergeHistory:
-    """`plan`, then `execute`: shortens a model in place and returns what was done."""
+    """`plan`, then `execute`: shortens a model in place and returns what was done, all merges of `history` before."""
     known, batches = KnownActivity(), tuple(batches)
-    history = plan(
+    whole = plan(
         model,
         batches,
         target_depth=target_depth,
@@ -204,10 +298,16 @@ def collapse(
         planner=planner,
         operator=operator,
         refit=refit,
+        history=history,
         known=known,
     )
-    execute(model, history, batches, known=known)
-    return history
+    earlier = () if history is None else history.steps
+    rest = replace(
+        whole, teacher_depth=len(layout_of(model.config).layers_of(model)), steps=whole.steps[len(earlier) :]
+    )
+    _carry_out(model, rest, batches, known, earlier)
+    remember(model, whole)
+    return whole
 
 
 def with_refit(steps: Sequence[MergeStep], refit: Refit | None) -> tuple[MergeStep, ...]:

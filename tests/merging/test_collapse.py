@@ -4,17 +4,18 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging.activity import Activity, KnownActivity
 from lcprune.merging.calibration import Batch, Calibration
-from lcprune.merging.collapse import check_target_depth, collapse, execute, plan
+from lcprune.merging.collapse import MARK, check_target_depth, collapse, execute, plan
 from lcprune.merging.concat import Concat
 from lcprune.merging.greedy import GreedyPlanner
 from lcprune.merging.lineage import MergeHistory, MergeStep
@@ -22,6 +23,7 @@ from lcprune.merging.operators import Drop, Rdsc, spec_of
 from lcprune.merging.planners import ContiguousBlock, FixedPlan, OneShotRanking, Planner
 from lcprune.merging.progressive import ProgressivePlanner
 from lcprune.merging.remeasure import Trail
+from lcprune.merging.surgery import second_view
 from tests.builders import FAMILIES, Family, save_tiny, tiny_llama, token_batches
 
 
@@ -211,3 +213,80 @@ def test_execute_refuses_a_plan_that_does_not_fit_and_touches_nothing(history: M
     with pytest.raises(InputError, match=words):
         execute(model, history)
     assert_same(weights_of(model), weights)
+
+
+def test_second_collapse_goes_on_from_the_history_of_the_first():
+    model, at_once = tiny_llama(), tiny_llama()
+    first = collapse(model, batches(), target_depth=5)
+    second = collapse(model, batches(), target_depth=4, history=first)
+    assert (second.teacher_depth, second.depth, second.steps[:1]) == (6, 4, first.steps)
+    assert [layer for members in second.lineage for layer in members] == list(range(6))
+    execute(at_once, second)
+    assert_same(weights_of(model), weights_of(at_once))
+
+
+@pytest.mark.parametrize("call", [plan, collapse])
+def test_model_that_was_merged_before_is_no_original(call: Callable[..., MergeHistory]):
+    model = tiny_llama()
+    first = collapse(model, batches(), target_depth=5)
+    for merged in (model, copy.deepcopy(model)):
+        with pytest.raises(InputError, match=r"shortened before, from 6 layers to 5: go on from that with history=h1"):
+            call(merged, batches(), target_depth=4)
+        assert call(merged, batches(), target_depth=4, history=first).teacher_depth == 6
+
+
+def test_plan_that_begins_with_the_merges_of_a_model_is_carried_on():
+    model, at_once = tiny_llama(), tiny_llama()
+    first = collapse(model, batches(), target_depth=5, operator=Concat())
+    second = plan(model, batches(), target_depth=3, planner=GreedyPlanner(), operator=Concat(), history=first)
+    execute(model, second, batches())
+    execute(at_once, second, batches())
+    torch.testing.assert_close(model.state_dict(), at_once.state_dict())
+    with pytest.raises(InputError, match="from 6 layers to 3"):
+        plan(model, batches(), target_depth=2)
+
+
+def test_activity_known_from_before_an_equal_merge_is_not_that_after_it():
+    step = MergeStep((1, 2), spec_of(Concat()), (0.5, 0.5))
+    once, again = MergeHistory(6, (step,)), FixedPlan([[1, 2, 3]])
+    expected, found = tiny_llama(), tiny_llama()
+    for model in (expected, found):
+        execute(model, once, batches())
+    history = collapse(found, batches(), target_depth=4, planner=again, operator=Concat(), history=once)
+    execute(expected, history, batches())
+    torch.testing.assert_close(found.state_dict(), expected.state_dict())
+
+
+def test_trial_plan_and_saved_model_carry_no_mark(tmp_path: Path):
+    model = tiny_llama()
+    history = plan(model, batches(), target_depth=4)
+    plan(model, batches(), target_depth=5, planner=GreedyPlanner())
+    view = second_view(model)
+    execute(view, history)
+    assert MARK not in vars(model)
+    view.save_pretrained(tmp_path)
+    assert MARK not in (tmp_path / "config.json").read_text()
+    assert plan(AutoModelForCausalLM.from_pretrained(tmp_path), batches(), target_depth=3).teacher_depth == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"target_depth": 4, "history": MergeHistory(6)}, "history ends with 6 layers, the model has 5"),
+        ({"max_perplexity_ratio": 2.0}, "max_perplexity_ratio=2.0 is about the original"),
+        ({"target_depth": 3, "planner": FixedPlan([[4, 5]])}, "leaves 4 of the student's 5 layers, 3 are asked for"),
+    ],
+    ids=["depth", "ratio", "planner"],
+)
+def test_going_on_refuses_what_does_not_fit(settings: dict[str, Any], words: str):
+    model = tiny_llama()
+    first = collapse(model, batches(), target_depth=5, planner=FixedPlan([[1, 2]]))
+    with pytest.raises(InputError, match=words):
+        collapse(model, batches(), **{"history": first} | settings)
+
+
+def test_groups_to_go_on_with_are_still_the_teachers():
+    model = tiny_llama()
+    first = collapse(model, batches(), target_depth=5, planner=FixedPlan([[1, 2]]))
+    second = collapse(model, batches(), target_depth=4, planner=FixedPlan([[1, 2], [4, 5]]), history=first)
+    assert second.lineage == ((0,), (1, 2), (3,), (4, 5))
