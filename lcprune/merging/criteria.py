@@ -19,6 +19,7 @@ from torch import Tensor, ones_like
 from torch.nn.functional import cosine_similarity
 
 from lcprune.errors import InputError
+from lcprune.files import said
 from lcprune.merging.calibration import Calibration, last_tokens, mask_of, token_loss
 from lcprune.merging.prefix import prefixes_of
 from lcprune.merging.progress import track
@@ -96,8 +97,21 @@ def score_all(criteria: Sequence[Criterion], calibration: Calibration) -> tuple[
     trials = [criterion for criterion in criteria if isinstance(criterion, TrialCriterion)]
     tried = iter(sweep(trials, calibration) if trials else ())
     return tuple(
-        next(tried) if isinstance(criterion, TrialCriterion) else criterion.score(calibration) for criterion in criteria
+        next(tried) if isinstance(criterion, TrialCriterion) else scores_of(criterion, calibration)
+        for criterion in criteria
     )
+
+
+def scores_of(criterion: Criterion, calibration: Calibration) -> tuple[float, ...]:
+    """What a criterion gives, as plain floats; raises InputError if that is no sequence of numbers."""
+    given = criterion.score(calibration)
+    try:
+        return tuple(float(score) for score in given)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor of several numbers
+        raise InputError(
+            f"criterion={criterion} gives {said(given)}, which is not one number for every layer: let its score() "
+            "return a tuple of floats."
+        ) from error
 
 
 def sweep(criteria: Sequence[TrialCriterion], calibration: Calibration) -> tuple[tuple[float, ...], ...]:

@@ -19,7 +19,7 @@ from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Measure
 from lcprune.merging.calibration import Calibration
-from lcprune.merging.criteria import BlockInfluence, Criterion, TrialPerplexity
+from lcprune.merging.criteria import BlockInfluence, Criterion, TrialPerplexity, ranking, scores_of
 from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import Drop, Operator
 from lcprune.merging.planners import StepwisePlanner, built_alike, new_step, proportional, uniform
@@ -88,7 +88,7 @@ class GreedyPlanner(StepwisePlanner):
         fewer = self.candidates is not None and self.candidates < len(candidates)
         if not fewer and not operator.needs_activity:
             return candidates
-        scores = self.criterion.score(calibration)
+        scores = scores_of(self.criterion, calibration)
         if len(scores) != calibration.depth:
             raise InputError(
                 f"criterion={self.criterion} scores spans of layers, not layers: GreedyPlanner takes one that gives "
@@ -96,7 +96,8 @@ class GreedyPlanner(StepwisePlanner):
             )
         if operator.needs_activity:
             candidates = [candidate.sharing_by(scores) for candidate in candidates]
-        return sorted(candidates, key=lambda one: min(scores[layer] for layer in one.going))[: self.candidates]
+        safest = ranking(scores)
+        return sorted(candidates, key=lambda one: min(safest.index(layer) for layer in one.going))[: self.candidates]
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class MergeStep:
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", tuple(self.group))
         object.__setattr__(self, "shares", tuple(_share(share) for share in self.shares))
+        for name in ("scores", "measured"):
+            object.__setattr__(self, name, _figures(name, getattr(self, name), self.group))
         consecutive = all(right == left + 1 for left, right in zip(self.group, self.group[1:], strict=False))
         if len(self.group) < 2 or not consecutive or self.group[0] < 0:
             raise InputError(
@@ -206,6 +208,14 @@ class MergeHistory:
 
 def _share(value: float) -> float:
     return float(value) if abs(value) <= 1 else float("nan")  # which no sum makes right; larger ones may be no floats
+
+
+def _figures(name: str, given: Mapping[str, float], group: tuple[int, ...]) -> dict[str, float]:
+    """Plain numbers, whatever library they come from; whole ones of Python stay as they are, and so does a seal."""
+    try:
+        return {key: value if type(value) is int else float(value) for key, value in given.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several numbers
+        raise InputError(f"{name}={given!r} of group {list(group)} must hold numbers by name.") from error
 
 
 def _parse(data: object) -> MergeHistory:

@@ -13,8 +13,9 @@ it, so that the lineage says which teacher state the survivor has to reach; with
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from math import isfinite
+from math import isfinite, isnan
 from typing import ClassVar
 
 from torch.nn.functional import cosine_similarity
@@ -24,7 +25,7 @@ from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
 from lcprune.merging.architectures import LayerLayout
 from lcprune.merging.calibration import Batch, Calibration
-from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity, ranking
+from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity, ranking, scores_of
 from lcprune.merging.lineage import Lineage, MergeStep
 from lcprune.merging.operators import Operator, spec_of
 from lcprune.merging.prefix import prefixes_of
@@ -165,7 +166,7 @@ class OneShotRanking(Planner):
 
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """One step per run of going layers with the layer before it (after it, when layer 0 goes)."""
-        scores = calibration.scores(repr(self.criterion), self.criterion.score)
+        scores = calibration.scores(repr(self.criterion), partial(scores_of, self.criterion))
         if len(scores) != calibration.depth:
             raise InputError(
                 f"criterion={self.criterion} scores spans of layers, not layers: OneShotRanking takes one that gives "
@@ -174,6 +175,12 @@ class OneShotRanking(Planner):
         free = range(self.spare_first, calibration.depth - self.spare_last)
         safest = [layer for layer in ranking(scores) if layer in free]
         going = set(safest[: max(0, calibration.depth - target)])
+        if unknown := sorted(layer for layer in going if isnan(scores[layer])):
+            raise InputError(
+                f"criterion={self.criterion} gives layer {unknown[0]} no number (NaN), and target_depth={target} "
+                "cannot be reached without the layers that it gives none: let it score every layer (inf = as unsafe as "
+                "can be), or raise target_depth."
+            )
         name = type(self.criterion).__name__
         steps = []
         for group in reversed(_groups(going, calibration.depth)):

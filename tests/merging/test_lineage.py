@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -211,6 +213,27 @@ def test_file_that_holds_no_plan_is_named(content: bytes | None, tmp_path: Path)
 def test_shares_that_are_not_numbers_are_refused():
     with pytest.raises(InputError, match="shares="):
         MergeStep((1, 2), DROP, (float("nan"), float("nan")))
+
+
+@pytest.mark.parametrize("name", ["scores", "measured"])
+def test_figures_of_other_libraries_become_plain_floats(name: str):
+    step = MergeStep((1, 2), DROP, (0.5, 0.5), **{name: {"a": torch.tensor(0.5), "b": np.float32(3)}})  # type: ignore[arg-type]
+    assert [(type(value), value) for value in getattr(step, name).values()] == [(float, 0.5), (float, 3.0)]
+    history = MergeHistory(6, (step,))
+    assert MergeHistory.from_json(history.sealed()) == history
+
+
+# Their hash would be another's if they became floats.
+def test_whole_numbers_of_a_sealed_history_stay_whole():
+    history = MergeHistory(6, (MergeStep((1, 2), DROP, (0.5, 0.5), {"C": 3}),))
+    assert '"C": 3\n' in history.sealed()
+    assert MergeHistory.from_json(history.sealed()) == history
+
+
+@pytest.mark.parametrize("figure", ["low", None, torch.ones(2), {}])
+def test_figure_that_is_no_number_is_refused_where_the_step_is_made(figure: object):
+    with pytest.raises(InputError, match=r"scores=.* of group \[1, 2\] must hold numbers by name"):
+        MergeStep((1, 2), DROP, (0.5, 0.5), {"seen": figure})  # type: ignore[dict-item]
 
 
 # Or a misspelt `steps` would read as a plan without merges.

@@ -1,9 +1,13 @@
 """Which layers go: every planner against a naive account of what its paper says."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from math import nan
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 from lcprune.errors import InputError
 from lcprune.merging import collapse, surgery
 from lcprune.merging.calibration import Calibration, LayerStats
+from lcprune.merging.concat import Concat
 from lcprune.merging.criteria import AngularDistance, BlockInfluence, OutputSimilarity, TrialPerplexity
 from lcprune.merging.greedy import GreedyPlanner
 from lcprune.merging.lineage import MergeHistory
@@ -75,6 +80,30 @@ def test_one_shot_ranking_removes_a_layer_without_a_score_last():
     scores = (nan, 1.0, nan, 3.0, 2.0, 4.0)
     steps = OneShotRanking(Given(scores)).plan(Calibration(tiny_llama(), plain()), Drop(), 2)
     assert MergeHistory(6, steps).lineage == ((0, 1), (2, 3, 4, 5))
+
+
+def test_one_shot_ranking_does_not_remove_a_layer_without_a_score():
+    scores = (nan, 1.0, nan, 3.0, 2.0, INF)
+    with pytest.raises(InputError, match=r"criterion=Given\(.* gives layer 0 no number \(NaN\), and target_depth=1"):
+        OneShotRanking(Given(scores)).plan(Calibration(tiny_llama(), plain()), Drop(), 1)
+
+
+@pytest.mark.parametrize("planner", [OneShotRanking, partial(GreedyPlanner, 3)], ids=["ranking", "greedy"])
+@pytest.mark.parametrize("kind", [torch.tensor, np.float32, lambda scores: [torch.tensor(score) for score in scores]])
+def test_scores_of_other_libraries_plan_what_floats_do(planner: Callable[..., Planner], kind: Callable[..., Any]):
+    scores = (5.0, 1.0, 6.0, 3.0, 2.0, 4.0)
+    plans = [
+        planner(criterion=Given(given)).plan(Calibration(tiny_llama(), plain()), Concat(), 5)
+        for given in (scores, kind(scores))
+    ]
+    assert plans[0] == plans[1]
+    assert MergeHistory.from_json(MergeHistory(6, plans[1]).to_json()).steps == plans[1]
+
+
+@pytest.mark.parametrize("scores", [None, (None,) * 6, torch.ones(6, 2), 3.0, ("high",) * 6])
+def test_scores_that_are_no_numbers_name_their_criterion(scores: object):
+    with pytest.raises(InputError, match=r"(?s)criterion=Given\(.* is not one number for every layer"):
+        OneShotRanking(Given(scores)).plan(Calibration(tiny_llama(), plain()), Drop(), 4)  # type: ignore[arg-type]
 
 
 def test_contiguous_block_without_a_score_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
