@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -57,13 +57,15 @@ CRITERIA: tuple[Criterion, ...] = (
 """Every criterion there is; the angle over two layers is CoMe's score of a pair."""
 
 
-def score(model: PreTrainedModel, batches: Sequence[Batch], *, criteria: Sequence[Criterion] = CRITERIA) -> Scores:
+def score(
+    model: PreTrainedModel, batches: Sequence[Batch], *, criteria: Sequence[Criterion] | Criterion = CRITERIA
+) -> Scores:
     """How safe every layer is to lose; what `lcprune score` prints and draws. The model is left as it is.
 
     Args:
         model: A causal LM of a known family.
         batches: Calibration batches, `input_ids` [B, T] each.
-        criteria: What to judge by; TrialPerplexity tries every layer out and takes longest.
+        criteria: What to judge by, one or several; TrialPerplexity tries every layer out and takes longest.
 
     Returns:
         `criteria`: name -> one number a layer, in the layers' order, **lower = safer to merge**, each in its
@@ -71,8 +73,10 @@ def score(model: PreTrainedModel, batches: Sequence[Batch], *, criteria: Sequenc
         at every two boundaries; `weights`: L2 distances between neighbours.
 
     Raises:
-        InputError: For a family that lcprune does not know, or without batches.
+        InputError: For a family that lcprune does not know, without batches, or where two criteria have one name.
     """
+    criteria = (criteria,) if isinstance(criteria, Criterion) else tuple(criteria)
+    names = _names(criteria)
     calibration = Calibration(model, batches)
     tokens = calibration.stats(1, 2).tokens  # one pass for all criteria that look at the stream
     cosines = state_cosines(model, calibration.batches).tolist()
@@ -82,7 +86,7 @@ def score(model: PreTrainedModel, batches: Sequence[Batch], *, criteria: Sequenc
         model=model.config.name_or_path or "",
         dtype=str(model.dtype).removeprefix("torch."),
         tokens=tokens,
-        criteria=dict(zip(map(_name, criteria), columns, strict=True)),
+        criteria=dict(zip(names, columns, strict=True)),
         weights=distances,
         cosines=tuple(map(tuple, cosines)),
     )
@@ -244,7 +248,25 @@ def _module(
     )
 
 
+def _names(criteria: Sequence[Criterion]) -> list[str]:
+    """What each is called in the scores; raises InputError if two are called the same."""
+    names = list(map(_name, criteria))
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(
+            f"criteria: {names.count(twice)} of them are called {twice}, and scores are kept by name: give each once; "
+            "one with settings of its own is a frozen dataclass that has them as fields."
+        )
+    return names
+
+
 def _name(criterion: Criterion) -> str:
     """The class, and the arguments where they are not the defaults."""
-    kind = type(criterion)
-    return kind.__name__ if criterion == kind() else repr(criterion)
+    usual = not is_dataclass(criterion) or all(
+        repr(getattr(criterion, field.name)) == repr(_default_of(field)) for field in fields(criterion)
+    )
+    return type(criterion).__name__ if usual else repr(criterion)
+
+
+def _default_of(field: Field[object]) -> object:
+    """What a field is without an argument; MISSING if it needs one."""
+    return field.default if field.default_factory is MISSING else field.default_factory()

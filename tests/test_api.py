@@ -1,6 +1,7 @@
 """The Python API: from a model to a shorter one that was taught by it, and scores as data."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lcprune
-from lcprune import BlockInfluence, Evenly, InputError, MergeHistory, ProgressiveCollapse, TextDataModule
+from lcprune import (
+    BlockInfluence,
+    Calibration,
+    Criterion,
+    Evenly,
+    InputError,
+    MergeHistory,
+    ProgressiveCollapse,
+    TextDataModule,
+)
 from lcprune.delivery.export import export
 from lcprune.distillation.module import DistillationModule
 from lcprune.merging.lineage import HISTORY
@@ -34,6 +44,40 @@ def test_score_has_a_number_for_every_layer_and_leaves_the_model_alone(text: Tex
     assert list(scores.criteria) == ["BlockInfluence"]
     assert len(scores.criteria["BlockInfluence"]) == scores.layers == 6
     assert equal(weights_of(model), before)
+
+
+@dataclass(frozen=True)
+class Every(Criterion):
+    """Layers that are a multiple of a number are the safest."""
+
+    number: int
+
+    def score(self, calibration: Calibration) -> tuple[float, ...]:
+        return tuple(float(layer % self.number) for layer in range(calibration.depth))
+
+
+class Plain(Criterion):
+    """No dataclass."""
+
+    def score(self, calibration: Calibration) -> tuple[float, ...]:
+        return (0.0,) * calibration.depth
+
+
+def test_scores_are_named_by_what_is_no_default(text: TextDataModule):
+    batches = text.calibration_batches()
+    criteria = [Every(2), Every(3), Plain(), lcprune.Taylor(), lcprune.AngularDistance(2)]
+    names = ["Every(number=2)", "Every(number=3)", "Plain", "Taylor", "AngularDistance(span=2)"]
+    assert list(lcprune.score(tiny_llama(), batches, criteria=criteria).criteria) == names
+    assert lcprune.score(tiny_llama(), batches, criteria=Every(2)).criteria == {"Every(number=2)": (0, 1, 0, 1, 0, 1)}
+
+
+@pytest.mark.parametrize("criteria", [[Every(2), Every(2)], [Plain(), BlockInfluence(), Plain()]])
+def test_two_criteria_of_one_name_are_refused_before_the_model_runs(
+    criteria: list[Criterion], text: TextDataModule, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lcprune.api.Calibration", lambda *args: pytest.fail("the model was looked at"))
+    with pytest.raises(InputError, match=r"2 of them are called (Every\(number=2\)|Plain), and scores"):
+        lcprune.score(tiny_llama(), text.calibration_batches(), criteria=criteria)
 
 
 def test_perplexity_is_that_of_transformers_loss(text: TextDataModule):
