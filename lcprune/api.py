@@ -30,6 +30,7 @@ from lcprune.distillation.teacher import cast
 from lcprune.errors import InputError
 from lcprune.files import path_of
 from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.checks import check_kind, check_model, checked_batches
 from lcprune.merging.collapse import remember
 from lcprune.merging.criteria import (
     AngularDistance,
@@ -75,8 +76,11 @@ def score(
     Raises:
         InputError: For a family that lcprune does not know, without batches, or where two criteria have one name.
     """
-    criteria = (criteria,) if isinstance(criteria, Criterion) else tuple(criteria)
+    criteria = tuple(criteria) if isinstance(criteria, Iterable) and not isinstance(criteria, str) else (criteria,)
+    for criterion in criteria:
+        check_kind("criteria", criterion, Criterion, "lcprune.BlockInfluence()")
     names = _names(criteria)
+    check_model(model)
     calibration = Calibration(model, batches)
     tokens = calibration.stats(1, 2).tokens  # one pass for all criteria that look at the stream
     cosines = state_cosines(model, calibration.batches).tolist()
@@ -106,7 +110,8 @@ def perplexity(model: PreTrainedModel, text: TextDataModule | Iterable[Batch]) -
     if isinstance(text, TextDataModule):
         text.setup("validate")
         text = text.val_dataloader()
-    return calibration_perplexity(Calibration(model, list(text)))
+    check_model(model)
+    return calibration_perplexity(Calibration(model, checked_batches(text)))
 
 
 def distill(

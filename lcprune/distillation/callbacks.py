@@ -34,6 +34,7 @@ from lcprune.distillation.triggers import ByTokens, WhenRecovered  # noqa: F401 
 from lcprune.errors import InputError, RunError
 from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.checks import check_kind
 from lcprune.merging.collapse import check_target, remember, with_refit
 from lcprune.merging.lineage import Lineage, MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator
@@ -69,6 +70,7 @@ class ProgressiveCollapse(Callback):
         self.operator = operator if operator is not None else Drop()
         self.refit = refit
         self.stages = tuple(stages or ())
+        self._check_kinds()
         check_order(self.stages)
         self.max_perplexity_jump = max_perplexity_jump
         self._step_before = -1
@@ -77,6 +79,16 @@ class ProgressiveCollapse(Callback):
                 f"collapse.max_perplexity_jump={max_perplexity_jump} must be a number of 1 or more, what one merge may "
                 "multiply the perplexity by, such as 1.5."
             )
+
+    def _check_kinds(self) -> None:
+        if self.schedule is not None:
+            check_kind("schedule", self.schedule, Schedule, "lcprune.Evenly(20)")
+        check_kind("planner", self.planner, Planner, "lcprune.OneShotRanking()")
+        check_kind("operator", self.operator, Operator, "lcprune.Drop()")
+        if self.refit is not None:
+            check_kind("refit", self.refit, Refit, "lcprune.RidgeRefit()")
+        for stage in self.stages:
+            check_kind("stages", stage, Stage, "lcprune.Stage(26)")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses, before any weight is loaded, what could not end well."""

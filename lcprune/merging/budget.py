@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Depth(Budget):
     def depth(self, model: PreTrainedModel) -> int:
         """The number itself, if the model has more layers."""
         check_target_depth(self.target_depth, len(layout_of(model.config).layers_of(model)))
-        return self.target_depth
+        return int(self.target_depth)
 
 
 class _Amount(Budget):
@@ -138,7 +139,8 @@ class PerplexityRatio(Budget):
     """The multiple, above 1; 1.3 allows 30 % more."""
 
     def __post_init__(self) -> None:
-        if not (self.max_perplexity_ratio > 1 and isfinite(self.max_perplexity_ratio)):
+        number = isinstance(self.max_perplexity_ratio, Real)
+        if not (number and self.max_perplexity_ratio > 1 and isfinite(self.max_perplexity_ratio)):
             raise InputError(
                 f"max_perplexity_ratio={self.max_perplexity_ratio} must be a number above 1, the multiple of the "
                 "original's perplexity that is allowed, such as 1.3."
@@ -177,7 +179,9 @@ def on_meta(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def check_target_depth(target: int, depth: int) -> None:
-    """Raises InputError unless the target is at least 1 and below the model's depth."""
+    """Raises InputError unless the target is a whole number from 1 to below the model's depth."""
+    if not isinstance(target, Integral) or isinstance(target, bool):
+        raise InputError(f"target_depth={target!r} must be a whole number of layers, such as {max(depth - 1, 1)}.")
     if not 1 <= target < depth:
         raise InputError(
             f"target_depth={target} must lie between 1 and {depth - 1}, because the model has {depth} layers."

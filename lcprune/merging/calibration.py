@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lcprune.errors import InputError
 from lcprune.merging.activity import KnownActivity
 from lcprune.merging.architectures import LayerLayout, layout_of
+from lcprune.merging.checks import checked_batches
 from lcprune.merging.double import in_double
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.packed import check_packable
@@ -306,7 +307,7 @@ class Calibration:
     _scores: dict[str, tuple[Storages, tuple[float, ...]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "batches", tuple(self.batches))  # walked through more than once
+        object.__setattr__(self, "batches", checked_batches(self.batches))
         if not self.batches:
             raise InputError("There are no calibration batches: set data.calibration_blocks to 1 or more.")
 

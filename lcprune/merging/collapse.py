@@ -19,6 +19,7 @@ from lcprune.merging.architectures import check_weights, layout_of
 from lcprune.merging.budget import Budget, PerplexityRatio, feasible_depths, one_of
 from lcprune.merging.budget import check_target_depth as check_target_depth
 from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.checks import check_kind, check_model, checked_batches
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, from_spec
 from lcprune.merging.planners import OneShotRanking, Planner
@@ -77,10 +78,11 @@ def plan(
     )
     if budget is None:
         raise InputError("How short? Give target_depth, target_params, target_size or max_perplexity_ratio.")
-    done = _done(model, history, budget)
-    calibration = Calibration(model, batches, history=history, known=known if known is not None else KnownActivity())
     planner = planner if planner is not None else OneShotRanking()
     operator = operator if operator is not None else Drop()
+    _check_kinds(model, planner, operator, refit)
+    done = _done(model, history, budget)
+    calibration = Calibration(model, batches, history=history, known=known if known is not None else KnownActivity())
     check(model, budget, planner, operator, refit, done)
     planner.check_text(calibration.batches)
     if refit is not None:
@@ -95,6 +97,14 @@ def plan(
     return done.extend(with_refit(steps, refit))
 
 
+def _check_kinds(model: PreTrainedModel, planner: Planner, operator: Operator, refit: Refit | None) -> None:
+    check_model(model)
+    check_kind("planner", planner, Planner, "lcprune.OneShotRanking()")
+    check_kind("operator", operator, Operator, "lcprune.Drop()")
+    if refit is not None:
+        check_kind("refit", refit, Refit, "lcprune.RidgeRefit()")
+
+
 def _done(model: PreTrainedModel, history: MergeHistory | None, budget: Budget) -> MergeHistory:
     """How the model came to be as it is; raises InputError if that is not known, or does not fit it."""
     depth = len(layout_of(model.config).layers_of(model))
@@ -105,6 +115,7 @@ def _done(model: PreTrainedModel, history: MergeHistory | None, budget: Budget) 
                 "from that with history=h1, h1 being what lcprune.collapse returned then (or the plan executed)."
             )
         return MergeHistory(depth, teacher=model.config.name_or_path or "")
+    check_kind("history", history, MergeHistory, "lcprune.load_history(FOLDER)")
     if history.depth != depth:
         raise InputError(
             f"history ends with {history.depth} layers, the model has {depth}: give the whole history of this model, "
@@ -219,15 +230,18 @@ def execute(
         InputError: If the plan is for a model of another depth, or names an operator that does not exist, does not
             fit the family, or needs batches where there are none.
     """
+    check_model(model)
+    check_kind("history", history, MergeHistory, "lcprune.plan(...) or lcprune.load_history(FOLDER)")
+    batches = checked_batches(batches)
     depth, before = len(layout_of(model.config).layers_of(model)), remembered(model)
     if before is None or before.depth != depth:
         before = MergeHistory(depth, teacher=history.teacher)
     rest = history.after(before) if history.teacher_depth != depth else None
     if rest is None:
-        _carry_out(model, history, tuple(batches), known)
+        _carry_out(model, history, batches, known)
         remember(model, before.extend(history.steps))
     else:
-        _carry_out(model, rest, tuple(batches), known, before.steps)
+        _carry_out(model, rest, batches, known, before.steps)
         remember(model, history)
 
 
@@ -287,7 +301,7 @@ def collapse(
     history: MergeHistory | None = None,
 ) -> MergeHistory:
     """`plan`, then `execute`: shortens a model in place and returns what was done, all merges of `history` before."""
-    known, batches = KnownActivity(), tuple(batches)
+    known, batches = KnownActivity(), checked_batches(batches)
     whole = plan(
         model,
         batches,

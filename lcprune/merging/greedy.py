@@ -19,6 +19,7 @@ from lcprune.errors import InputError
 from lcprune.merging import surgery
 from lcprune.merging.activity import Measure
 from lcprune.merging.calibration import Calibration
+from lcprune.merging.checks import check_kind
 from lcprune.merging.criteria import BlockInfluence, Criterion, TrialPerplexity, ranking, scores_of
 from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import Drop, Operator
@@ -38,6 +39,7 @@ class GreedyPlanner(StepwisePlanner):
     """What chooses the candidates, asked again before every merge; for `Concat` also the shares of the members."""
 
     def __post_init__(self) -> None:
+        check_kind("criterion", self.criterion, Criterion, "lcprune.BlockInfluence()")
         if self.candidates is not None and self.candidates < 1:
             raise InputError(
                 f"candidates={self.candidates} of GreedyPlanner must be at least 1, or null to try every merge."

@@ -25,6 +25,7 @@ from lcprune.merging import surgery
 from lcprune.merging.activity import Activity
 from lcprune.merging.architectures import LayerLayout
 from lcprune.merging.calibration import Batch, Calibration
+from lcprune.merging.checks import check_kind
 from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity, ranking, scores_of
 from lcprune.merging.lineage import Lineage, MergeStep
 from lcprune.merging.operators import Operator, spec_of
@@ -149,6 +150,7 @@ class OneShotRanking(Planner):
     """So many layers next to the head stay, whatever their scores."""
 
     def __post_init__(self) -> None:
+        check_kind("criterion", self.criterion, Criterion, "lcprune.BlockInfluence()")
         if self.spare_first < 0 or self.spare_last < 0:
             raise InputError(
                 f"OneShotRanking: spare_first={self.spare_first} and spare_last={self.spare_last} must be 0 or more."
