@@ -192,7 +192,7 @@ def load_history(folder: str | Path) -> MergeHistory:
     Raises:
         InputError: There is no history in it, or the file is none.
     """
-    place = Path(folder).expanduser()
+    place = path_of("folder", folder)
     found = [path for path in (place, place / HISTORY, place / "student" / HISTORY) if path.is_file()]
     if not found:
         raise InputError(

@@ -237,6 +237,7 @@ def test_paths_name_models_and_texts_as_strings_do(text: TextDataModule, tmp_pat
         (lambda: lcprune.distill(3, "t", "my.txt"), "student=3 must be text or a path"),  # type: ignore[arg-type]
         (lambda: lcprune.distill("s", ["t"], "my.txt"), r"teacher=\['t'\] must be text or a path"),  # type: ignore[arg-type]
         (lambda: lcprune.distill("s", "t", 3), "text=3 must be text or a path"),  # type: ignore[arg-type]
+        (lambda: lcprune.load_history(None), "folder=None must be text or a path"),  # type: ignore[arg-type]
     ],
 )
 def test_value_that_is_no_name_is_refused_where_it_is_given(call: Callable[[], object], words: str):

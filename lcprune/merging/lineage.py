@@ -14,11 +14,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from operator import index as whole
 from pathlib import Path
 from types import UnionType
 from typing import TypeGuard
 
 from lcprune.errors import InputError
+from lcprune.files import check_file, path_of, write_text
 
 Lineage = tuple[tuple[int, ...], ...]
 """For every student layer the consecutive teacher layers it descends from, in order; a partition of the teacher."""
@@ -57,7 +59,7 @@ class MergeStep:
     """The refit that follows this step, as `{"class_path": ..., "init_args": {...}}`; None = none."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "group", tuple(self.group))
+        object.__setattr__(self, "group", whole_numbers("group", self.group))
         object.__setattr__(self, "shares", tuple(_share(share) for share in self.shares))
         for name in ("scores", "measured"):
             object.__setattr__(self, name, _figures(name, getattr(self, name), self.group))
@@ -72,10 +74,18 @@ class MergeStep:
                 f"shares={list(self.shares)} of group {list(self.group)} must be {len(self.group)} numbers, "
                 "none negative, that sum to 1."
             )
-        if not isinstance(self.operator.get("class_path"), str):
-            raise InputError(f"operator={dict(self.operator)} of group {list(self.group)} lacks its class_path.")
-        if self.refit is not None and not isinstance(self.refit.get("class_path"), str):
-            raise InputError(f"refit={dict(self.refit)} of group {list(self.group)} lacks its class_path.")
+        self._check_spec("operator", self.operator)
+        if self.refit is not None:
+            self._check_spec("refit", self.refit)
+
+    def _check_spec(self, name: str, spec: object) -> None:
+        if not isinstance(spec, Mapping):
+            raise InputError(
+                f"{name}={spec!r} of group {list(self.group)} must be plain data, such as "
+                '{"class_path": "Drop", "init_args": {"keep": "first"}}.'
+            )
+        if not isinstance(spec.get("class_path"), str):
+            raise InputError(f"{name}={dict(spec)} of group {list(self.group)} lacks its class_path.")
 
     @property
     def base(self) -> int:
@@ -115,6 +125,8 @@ class MergeHistory:
             raise InputError(f"teacher_depth={self.teacher_depth} must lie between 1 and {MOST_LAYERS}.")
         depth = self.teacher_depth
         for step in self.steps:
+            if not isinstance(step, MergeStep):
+                raise InputError(f"steps: {step!r} is no MergeStep: write MergeStep(group, operator, shares).")
             if step.group[-1] >= depth:
                 raise InputError(
                     f"group={list(step.group)} reaches past the last layer {depth - 1}: groups are numbered "
@@ -193,9 +205,16 @@ class MergeHistory:
             raise InputError(f"This plan or history is not JSON ({error}).") from error
         return _parse(data)
 
+    def save(self, path: Path | str) -> None:
+        """Writes it as a plan, which may be edited; raises InputError if the file cannot be written."""
+        path = path_of("path", path)
+        check_file("path", path)
+        write_text(path, self.to_json())
+
     @classmethod
-    def load(cls, path: Path) -> "MergeHistory":
+    def load(cls, path: Path | str) -> "MergeHistory":
         """Reads a plan or history file; raises InputError naming the file."""
+        path = path_of("path", path)
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -204,6 +223,14 @@ class MergeHistory:
             raise InputError(f"{path}: This plan or history is not JSON in UTF-8 ({error.reason}).") from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+
+
+def whole_numbers(name: str, given: Iterable[object]) -> tuple[int, ...]:
+    """Layers as plain whole numbers, whatever library they come from; raises InputError for anything else."""
+    try:
+        return tuple(whole(layer) for layer in given)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InputError(f"{name}={given!r} must be layer numbers like [12, 13, 14].") from error
 
 
 def _share(value: float) -> float:

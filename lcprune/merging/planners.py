@@ -10,7 +10,7 @@ merges out on the model and always gives it back bit for bit. A layer that "goes
 it, so that the lineage says which teacher state the survivor has to reach; with `Drop` the survivor's weights stay.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from lcprune.merging.architectures import LayerLayout
 from lcprune.merging.calibration import Batch, Calibration
 from lcprune.merging.checks import check_kind
 from lcprune.merging.criteria import BlockInfluence, Criterion, OutputSimilarity, ranking, scores_of
-from lcprune.merging.lineage import Lineage, MergeStep
+from lcprune.merging.lineage import Lineage, MergeStep, whole_numbers
 from lcprune.merging.operators import Operator, spec_of
 from lcprune.merging.prefix import prefixes_of
 from lcprune.merging.progress import track
@@ -97,6 +97,9 @@ class FixedPlan(Planner):
     """Runs of consecutive layers of the *teacher*, disjoint, e.g. [[24, 25], [12, 13, 14]]."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.groups, str) or not isinstance(self.groups, Iterable):
+            raise InputError(f"groups={self.groups!r} must be a list of groups, such as [[24, 25], [12, 13, 14]].")
+        object.__setattr__(self, "groups", [list(whole_numbers("groups", group)) for group in self.groups])
         flat = [layer for group in self.groups for layer in group]
         for group in self.groups:
             if len(group) < 2 or group != list(range(group[0], group[0] + len(group))) or group[0] < 0:

@@ -1,7 +1,7 @@
 """Plans and histories: what they derive, what they survive, what they refuse."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lcprune.errors import InputError
 from lcprune.merging.lineage import FORMAT, MergeHistory, MergeStep
+from lcprune.merging.operators import Drop
 
 DROP = {"class_path": "lcprune.merging.operators.Drop", "init_args": {"keep": "first"}}
 
@@ -234,6 +235,42 @@ def test_whole_numbers_of_a_sealed_history_stay_whole():
 def test_figure_that_is_no_number_is_refused_where_the_step_is_made(figure: object):
     with pytest.raises(InputError, match=r"scores=.* of group \[1, 2\] must hold numbers by name"):
         MergeStep((1, 2), DROP, (0.5, 0.5), {"seen": figure})  # type: ignore[dict-item]
+
+
+def test_history_is_saved_and_loaded_by_path_or_text(tmp_path: Path):
+    history = MergeHistory(6, (MergeStep((1, 2), DROP, (0.5, 0.5)),), "somewhere")
+    for path in (tmp_path / "new" / "plan.json", str(tmp_path / "plan.json")):
+        history.save(path)
+        assert MergeHistory.load(path) == MergeHistory.load(str(path)) == history
+    with pytest.raises(InputError, match=f"path {tmp_path} is a folder: name a file in it"):
+        history.save(tmp_path)
+    with pytest.raises(InputError, match="path=3 must be text or a path"):
+        MergeHistory.load(3)  # type: ignore[arg-type]
+
+
+def test_layers_of_other_libraries_are_plain_numbers():
+    step = MergeStep(np.array([1, 2]), DROP, np.array([0.5, 0.5]))  # type: ignore[arg-type]
+    assert MergeHistory.from_json(MergeHistory(6, (step,)).to_json()).steps == (step,)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: MergeStep((1, 2), Drop("last"), (0.5, 0.5)),
+            r"operator=Drop\(keep='last'\) of group \[1, 2\] must be",
+        ),  # type: ignore[arg-type]
+        (lambda: MergeStep((1, 2), "Drop", (0.5, 0.5)), "operator='Drop' of group .* must be plain data, such as"),  # type: ignore[arg-type]
+        (lambda: MergeStep((1, 2), DROP, (0.5, 0.5), refit="RidgeRefit"), "refit='RidgeRefit' of group"),  # type: ignore[arg-type]
+        (lambda: MergeStep((1, 2.5), DROP, (0.5, 0.5)), r"group=\(1, 2.5\) must be layer numbers"),  # type: ignore[arg-type]
+        (lambda: MergeStep(3, DROP, (0.5, 0.5)), "group=3 must be layer numbers"),  # type: ignore[arg-type]
+        (lambda: MergeHistory(6).append({"group": [1, 2]}), "is no MergeStep: write MergeStep"),  # type: ignore[arg-type]
+        (lambda: MergeHistory(6, [(1, 2)]), r"steps: \(1, 2\) is no MergeStep"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_step_is_refused_in_one_sentence(call: Callable[[], object], words: str):
+    with pytest.raises(InputError, match=words):
+        call()
 
 
 # Or a misspelt `steps` would read as a plan without merges.

@@ -106,6 +106,19 @@ def test_scores_that_are_no_numbers_name_their_criterion(scores: object):
         OneShotRanking(Given(scores)).plan(Calibration(tiny_llama(), plain()), Drop(), 4)  # type: ignore[arg-type]
 
 
+def test_fixed_plan_takes_what_a_plan_hands_out():
+    plan = collapse.plan(tiny_llama(), plain(), target_depth=4)
+    again = FixedPlan([group for group in plan.lineage if len(group) > 1])  # type: ignore[misc]
+    assert collapse.plan(tiny_llama(), plain(), target_depth=4, planner=again).lineage == plan.lineage
+    assert FixedPlan([np.array([1, 2])]) == FixedPlan(((1, 2),)) == FixedPlan([[1, 2]])  # type: ignore[arg-type, list-item]
+
+
+@pytest.mark.parametrize("groups", [3, "1, 2", [1, 2], [["1", "2"]], [[1.5, 2.5]], None])
+def test_groups_that_are_no_layer_numbers_are_refused(groups: object):
+    with pytest.raises(InputError, match=r"groups=.* must be (layer numbers like|a list of groups)"):
+        FixedPlan(groups)  # type: ignore[arg-type]
+
+
 def test_contiguous_block_without_a_score_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
     stats = LayerStats({2: (0.0,) * 5}, {2: (0.1, nan, 0.3, 0.2, nan)}, 1)
     monkeypatch.setattr("lcprune.merging.calibration.collect", lambda *_: stats)
