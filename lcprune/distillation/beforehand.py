@@ -20,6 +20,7 @@ from lcprune.distillation.teacher import DtypeName
 from lcprune.distillation.trained import Trained, trained_layers, trains_adapters
 from lcprune.errors import InputError
 from lcprune.merging.calibration import Batch
+from lcprune.merging.checks import checked_batches
 from lcprune.merging.lineage import Lineage
 from lcprune.merging.packed import UNPACKABLE, check_packable
 
@@ -69,6 +70,25 @@ class CalibrationSource(Protocol):
         """Batches of training text, the same at every call."""
 
 
+def calibration_text(source: CalibrationSource) -> tuple[Batch, ...]:
+    """All batches that it hands out, to be walked through more than once.
+
+    Raises:
+        InputError: There is none, or one is no batch.
+    """
+    given, whose = source.calibration_batches(), f"calibration_batches() of {type(source).__name__}"
+    try:
+        batches = checked_batches(given)
+    except InputError as error:
+        raise InputError(f"{whose}: {error}") from error
+    if not batches:
+        raise InputError(
+            f"{whose} hands out no batches, and merges are planned by text: let it return one or more, the same at "
+            "every call."
+        )
+    return batches
+
+
 def check_documents(config: PretrainedConfig, source: object) -> None:
     """Documents that share a block need a model whose attention keeps them apart.
 
@@ -80,7 +100,7 @@ def check_documents(config: PretrainedConfig, source: object) -> None:
         InputError: If the model's does not.
     """
     if config.model_type in UNPACKABLE and isinstance(source, CalibrationSource):
-        for batch in source.calibration_batches():
+        for batch in calibration_text(source):
             if "position_ids" in batch:
                 check_packable(config, len(batch["input_ids"]))
 

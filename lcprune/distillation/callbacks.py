@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lcprune.distillation import adapters, averaging, beforehand, companions, guests, optim, sharded, stages
-from lcprune.distillation.beforehand import CalibrationSource
+from lcprune.distillation.beforehand import CalibrationSource, calibration_text
 from lcprune.distillation.guests import Guest, Shortened
 from lcprune.distillation.merges import measure as measure
 from lcprune.distillation.merges import merge, planning, shown
@@ -107,7 +107,7 @@ class ProgressiveCollapse(Callback):
                 "ProgressiveCollapse needs text to plan by: give the trainer a data module with a method "
                 "calibration_batches(), like lcprune.TextDataModule."
             )
-        self.check_text(trainer.datamodule.calibration_batches())  # type: ignore[attr-defined]
+        self.check_text(calibration_text(trainer.datamodule))  # type: ignore[attr-defined]
         if self.schedule.by_validation and not is_overridden("val_dataloader", trainer.datamodule):  # type: ignore[attr-defined]
             raise InputError(f"{self.schedule} looks at validations, and the data module has no val_dataloader().")
 
@@ -366,10 +366,8 @@ class ProgressiveCollapse(Callback):
         return plan.steps
 
     def _plan(self, trainer: Trainer, module: Shortened, target: int) -> tuple[MergeStep, ...]:
-        source = trainer.datamodule  # type: ignore[attr-defined]
-        calibration = Calibration(
-            module.student, source.calibration_batches(), original=module.original, history=module.history
-        )
+        text = calibration_text(trainer.datamodule)  # type: ignore[attr-defined]
+        calibration = Calibration(module.student, text, original=module.original, history=module.history)
         method = self.method(target)
         with planning(trainer), sharded.whole(module.student), adapters.plain(module.student):
             steps = with_refit(method.planner.plan(calibration, method.operator, target), method.refit)

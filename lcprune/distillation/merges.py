@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lcprune.distillation import adapters, averaging, companions, optim, sharded
+from lcprune.distillation.beforehand import calibration_text
 from lcprune.distillation.beginning import Reference
 from lcprune.distillation.guests import Shortened
 from lcprune.distillation.metrics import HeldOut
@@ -55,7 +56,7 @@ def merge(
         by_validation: Whether recovery will be judged by the validation perplexity before the merge.
     """
     wanted = max_jump is not None or _needs_text(steps)
-    batches = trainer.datamodule.calibration_batches() if wanted else ()  # type: ignore[attr-defined]
+    batches = calibration_text(trainer.datamodule) if wanted else ()  # type: ignore[attr-defined]
     before = shown(trainer, module) if by_validation and isinstance(module, DistillationModule) else {}
     with sharded.whole(module.student) as shards, adapters.plain(module.student) as adapted:
         undo = None if max_jump is None else Undo(module, lambda: _perplexity(trainer, module, batches), max_jump)

@@ -93,8 +93,8 @@ class RidgeRefit(Refit):
         """Choosing a strength takes a sequence more than fitting with it."""
         if len(self.strengths) > 1 and sum(len(batch["input_ids"]) for batch in batches) < 2:
             raise InputError(
-                "RidgeRefit has one calibration sequence and several strengths to choose from: raise "
-                "data.calibration_blocks or give one strength."
+                "RidgeRefit has one calibration sequence and several strengths to choose from: give more "
+                "(data.calibration_blocks of a TextDataModule), or one strength."
             )
 
     @torch.no_grad()

@@ -91,8 +91,8 @@ class RefitSearch(Planner):
         """There is something to fit on, and something else to judge by, with labels."""
         if len(one_by_one(batches)) < 2:
             raise InputError(
-                "RefitSearch has one calibration sequence and needs some to fit and others to judge by: raise "
-                "data.calibration_blocks."
+                "RefitSearch has one calibration sequence and needs some to fit and others to judge by: give "
+                "more (data.calibration_blocks of a TextDataModule)."
             )
         _, held_out = self._split(batches)
         if not any((next_tokens(batch) != -100).any() for batch in held_out):

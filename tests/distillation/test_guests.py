@@ -1,5 +1,6 @@
 """ProgressiveCollapse on a LightningModule of the user's own: a Hugging Face model and a training step, no more."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lcprune import AtSteps, Evenly, FixedPlan, InputError, MergeHistory, MergeStep, ProgressiveCollapse, RidgeRefit
+from lcprune import (
+    AtSteps,
+    Concat,
+    Evenly,
+    FixedPlan,
+    InputError,
+    MergeHistory,
+    MergeStep,
+    ProgressiveCollapse,
+    RidgeRefit,
+    TextDataModule,
+)
 from lcprune.distillation.checkpoint import load_student
 from lcprune.distillation.guests import Guest
 from lcprune.distillation.triggers import ByTokens
@@ -235,6 +247,54 @@ def test_guest_may_have_batches_of_any_form_unless_tokens_are_counted(teacher: P
     by_tokens = ProgressiveCollapse(ByTokens(AtSteps({64: 5})))
     with pytest.raises(InputError, match="ByTokens counts the `input_ids` of every batch, and this one is a list"):
         trainer_for(tmp_path, by_tokens, max_steps=5, limit_val_batches=0).fit(OnTuples(teacher), data)
+
+
+class Written(LightningDataModule):
+    """Hands out what it is given, once read each time."""
+
+    def __init__(self, inner: TextDataModule, batches: Sequence[object]) -> None:
+        super().__init__()
+        self.inner, self.batches = inner, batches
+
+    def train_dataloader(self) -> object:
+        self.inner.setup()
+        return self.inner.train_dataloader()
+
+    def val_dataloader(self) -> object:
+        return self.inner.val_dataloader()
+
+    def calibration_batches(self) -> Iterator[object]:
+        yield from self.batches
+
+
+@pytest.mark.parametrize("settings", [{"refit": RidgeRefit(), "max_perplexity_jump": 50.0}, {"operator": Concat()}])
+def test_guest_merges_by_text_from_a_generator_as_by_that_from_a_list(
+    settings: dict[str, object], teacher: Path, text: Path, tmp_path: Path
+):
+    inner = data_for(teacher, text)
+    written = Written(inner, inner.calibration_batches())
+    found = []
+    for data in (inner, written):
+        torch.manual_seed(0)
+        module = Mine(teacher)
+        trainer_for(tmp_path, collapse(**settings), max_steps=5, limit_val_batches=0).fit(module, data)
+        found.append(weights_of(module))
+    assert equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([], r"calibration_batches\(\) of Written hands out no batches, and merges are planned by text: let it return"),
+        (["text"], r"calibration_batches\(\) of Written: batches\[0\] is a str, and must hold input_ids"),
+    ],
+)
+def test_guest_without_text_is_refused_by_the_name_of_its_data_module(
+    batches: list[object], words: str, teacher: Path, text: Path, tmp_path: Path
+):
+    data = Written(data_for(teacher, text), batches)
+    with pytest.raises(InputError, match=words):
+        trainer_for(tmp_path, collapse(), max_steps=5, limit_val_batches=0).fit(Mine(teacher), data)
 
 
 def test_guest_that_is_just_merging_is_not_saved(teacher: Path, text: Path, tmp_path: Path):
