@@ -27,8 +27,24 @@ def _ratio(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number, give one above 1 such as 1.3") from None
 
 
+def _layers(text: str) -> int | str:
+    if text.rstrip().endswith("%"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of layers such as 24, nor a share of them such as 75%"
+        ) from None
+
+
 OPTIONS: tuple[Option, ...] = (
-    ("--target-depth", int, "So many layers remain. Without any of these four: where the recipe's schedule ends."),
+    (
+        "--target-depth",
+        _layers,
+        "So many layers remain, or such a share of them as 75%%, to the nearest whole one. Without any of these four: "
+        "where the recipe's schedule ends.",
+    ),
     (
         "--target-params",
         str,
@@ -49,6 +65,7 @@ OPTIONS: tuple[Option, ...] = (
 """One of them at most."""
 EXAMPLES = """how short, an example of each:
   lcprune collapse --config recipes/best.yaml --target-depth 24 --out short
+  lcprune collapse --config recipes/best.yaml --target-depth 75% --out short
   lcprune collapse --config recipes/best.yaml --target-params 100M --out short
   lcprune collapse --config recipes/best.yaml --target-size 400MB --out short
   lcprune collapse --config recipes/best.yaml --max-perplexity-ratio 1.3 --out short
@@ -162,7 +179,7 @@ def _end_of_schedule(callback: ProgressiveCollapse, depth: int) -> int:
     return callback.schedule.target(depth)
 
 
-def _check_target_depth(target: int, depth: int) -> None:
+def _check_target_depth(target: int | str, depth: int) -> None:
     try:
         collapse.check_target_depth(target, depth)
     except InputError as error:

@@ -15,6 +15,8 @@ from math import inf
 from typing import ClassVar
 
 from lcprune.errors import InputError
+from lcprune.merging.depths import layers_left
+from lcprune.merging.lineage import MOST_LAYERS
 
 Milestone = tuple[int, int]
 """(when, depth): the depth wanted once `when` optimizer steps (or tokens) are done."""
@@ -182,8 +184,8 @@ class EveryNSteps(StepSchedule):
 class Evenly(StepSchedule):
     """Reaches a target depth in equal portions at equal distances."""
 
-    target_depth: int
-    """Number of layers at the end."""
+    target_depth: int | str
+    """Number of layers at the end, or such a share as 75% of those at the start, to the nearest whole one."""
     merges: int = 1
     """Number of merges; earlier ones take the odd layer."""
     first: int = 0
@@ -192,7 +194,7 @@ class Evenly(StepSchedule):
     """Step of the last merge; needed for more than one."""
 
     def __post_init__(self) -> None:
-        if self.target_depth < 1:
+        if layers_left(self.target_depth, MOST_LAYERS) < 1:
             raise InputError(f"target_depth={self.target_depth} must be at least 1 and below the model's depth.")
         if self.merges < 1 or self.first < 0:
             raise InputError(f"Evenly: merges={self.merges} must be at least 1 and first={self.first} not negative.")
@@ -206,9 +208,10 @@ class Evenly(StepSchedule):
 
     def milestones(self, depth: int) -> tuple[Milestone, ...]:
         """`merges` milestones from `first` to `last`; fewer if there are fewer layers than merges to take."""
-        layers = depth - self.target_depth
+        target = layers_left(self.target_depth, depth)
+        layers = depth - target
         if layers < 1:
-            return ((self.first, self.target_depth),)
+            return ((self.first, target),)
         merges = min(self.merges, layers)
         last = self.first if self.last is None else self.last
         distance = Fraction(last - self.first, max(merges - 1, 1))

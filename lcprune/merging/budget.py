@@ -1,6 +1,6 @@
 """How short a model should become, in the user's own terms.
 
-    Depth             24       so many layers
+    Depth             24       so many layers; or 75%, so many of those that there are
     Parameters        100M     at most so many parameters, a tied head counted once
     Size              200MB    at most so many bytes on disk, in the dtype that the weights are stored in
     PerplexityRatio   1.3      at most 1.3 x the original's perplexity on the calibration text
@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging.architectures import layout_of
+from lcprune.merging.depths import layers_left
 from lcprune.merging.planners import Planner
 
 THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -57,13 +58,12 @@ class Budget:
 class Depth(Budget):
     """So many layers; a planner with a threshold of its own may stop before."""
 
-    target_depth: int
-    """Number of layers that remain."""
+    target_depth: int | str
+    """Number of layers that remain, or the share of the layers that does, such as "75%"."""
 
     def depth(self, model: PreTrainedModel) -> int:
-        """The number itself, if the model has more layers."""
-        check_target_depth(self.target_depth, len(layout_of(model.config).layers_of(model)))
-        return int(self.target_depth)
+        """The number, if the model has more layers."""
+        return check_target_depth(self.target_depth, len(layout_of(model.config).layers_of(model)))
 
 
 class _Amount(Budget):
@@ -152,7 +152,7 @@ class PerplexityRatio(Budget):
 
 def one_of(
     *,
-    target_depth: int | None = None,
+    target_depth: int | str | None = None,
     target_params: int | float | str | None = None,
     target_size: int | float | str | None = None,
     max_perplexity_ratio: float | None = None,
@@ -178,14 +178,14 @@ def on_meta(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def check_target_depth(target: int, depth: int) -> None:
-    """Raises InputError unless the target is a whole number from 1 to below the model's depth."""
-    if not isinstance(target, Integral) or isinstance(target, bool):
-        raise InputError(f"target_depth={target!r} must be a whole number of layers, such as {max(depth - 1, 1)}.")
-    if not 1 <= target < depth:
+def check_target_depth(target: int | str, depth: int) -> int:
+    """The layers of a target that is at least 1 and below the model's depth; raises InputError for another."""
+    layers = layers_left(target, depth)
+    if not 1 <= layers < depth:
         raise InputError(
             f"target_depth={target} must lie between 1 and {depth - 1}, because the model has {depth} layers."
         )
+    return layers
 
 
 def feasible_depths(planner: Planner, depth: int) -> list[int]:

@@ -37,7 +37,7 @@ def plan(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     *,
-    target_depth: int | None = None,
+    target_depth: int | str | None = None,
     target_params: int | float | str | None = None,
     target_size: int | float | str | None = None,
     max_perplexity_ratio: float | None = None,
@@ -52,7 +52,8 @@ def plan(
     Args:
         model: A causal LM of a known family.
         batches: Calibration batches, `input_ids` [B, T] each.
-        target_depth: How short, in layers; a planner with a threshold of its own may stop before. Give one of four.
+        target_depth: How short, in layers, or as the share of them that remains, such as "75%" (to the nearest whole
+            one); a planner with a threshold of its own may stop before. Give one of four.
         target_params: How short, in parameters at most, such as "100M".
         target_size: How short, in bytes at most on disk in the model's dtype, such as "200MB".
         max_perplexity_ratio: As short as the calibration perplexity stays below this multiple of the model's own.
@@ -291,7 +292,7 @@ def collapse(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     *,
-    target_depth: int | None = None,
+    target_depth: int | str | None = None,
     target_params: int | float | str | None = None,
     target_size: int | float | str | None = None,
     max_perplexity_ratio: float | None = None,

@@ -87,6 +87,22 @@ def test_perplexity_is_kept_and_printed(
     assert f"perplexity {original:.4g} -> {found:.4g}, {found / original:.4g} times the original's" in printed
 
 
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        (("--target-depth", "66%"), {}),
+        ((), {"collapse__schedule": {"class_path": "Evenly", "init_args": {"target_depth": "66%"}}}),
+    ],
+    ids=["option", "schedule"],
+)
+def test_share_of_the_layers_is_a_depth(
+    flags: tuple[str, ...], changes: dict[str, object], collapse: Callable[..., int], tmp_path: Path
+):
+    plan = tmp_path / "plan.json"
+    assert collapse(*flags, "--plan-only", "--out", str(plan), **changes) == 0
+    assert MergeHistory.load(plan).depth == 4
+
+
 def test_plan_only_says_what_the_plan_will_amount_to(
     collapse: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -22,6 +22,9 @@ from lcprune.errors import InputError
         (Evenly(24, merges=3, first=20, last=120), 30, ((20, 28), (70, 26), (120, 24))),
         (Evenly(24, merges=4, first=0, last=30), 30, ((0, 28), (10, 27), (20, 25), (30, 24))),
         (Evenly(25, merges=2, first=3, last=8), 30, ((3, 27), (8, 25))),
+        (Evenly("75%"), 30, ((0, 23),)),
+        (Evenly("75%", merges=2, first=3, last=8), 20, ((3, 17), (8, 15))),
+        (Evenly("0.5%"), 30, ((0, 1),)),
     ],
 )
 def test_milestones_are_these_numbers(schedule: Schedule, depth: int, milestones: tuple[tuple[int, int], ...]):

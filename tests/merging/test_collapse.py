@@ -171,6 +171,25 @@ def test_target_outside_the_model_is_refused(target: int):
         collapse(tiny_llama(), batches(), target_depth=target)
 
 
+@pytest.mark.parametrize(("share", "layers"), [("50%", 3), ("75%", 5), ("58.4%", 4), ("58.3%", 3), ("1%", 1)])
+def test_share_of_the_layers_is_the_nearest_number_of_them(share: str, layers: int):
+    plans = [plan(tiny_llama(), batches(), target_depth=target) for target in (share, layers)]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("share", ["100%", "0%", "-5%", "175%", "75", "three", "5 0%", "%", "1e1%"])
+def test_share_that_is_none_is_refused(share: str):
+    with pytest.raises(
+        InputError, match=rf"target_depth='{share}' must be a whole number of layers such as 24, or the"
+    ):
+        plan(tiny_llama(), batches(), target_depth=share)
+
+
+def test_share_that_leaves_all_layers_is_refused():
+    with pytest.raises(InputError, match="target_depth=95% must lie between 1 and 5, because the model has 6"):
+        plan(tiny_llama(), batches(), target_depth="95%")
+
+
 @pytest.mark.parametrize("target", [1, 5])
 def test_target_just_inside_the_model_is_taken(target: int):
     check_target_depth(target, 6)
