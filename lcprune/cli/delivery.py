@@ -79,7 +79,7 @@ def _check(own: argparse.Namespace) -> None:
 def _exported(checkpoint: Path, out: Path) -> Path:
     """The student of a checkpoint as a folder."""
     recipe, template = (_kept(checkpoint, name) for name in (RECIPE, TEMPLATE))
-    check_target(out, read(checkpoint).history.teacher)
+    check_target(out, {"the checkpoint's teacher": [read(checkpoint).history.teacher]})
     student, record = load_student(checkpoint)
     teacher = record.history.teacher
     cast(student, stored_dtype(weights.config_of(teacher)))

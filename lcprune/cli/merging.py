@@ -57,7 +57,7 @@ def _collapse(arguments: list[str]) -> None:
         check_target(own.out)
     cli = OneDevice(recipe_arguments, own.device)
     if not own.plan_only:
-        check_target(own.out, cli.model.teacher_name)
+        check_target(own.out, cli.sources)
     name = models.public_name(cli.model.teacher_name)
     if given is not None and given.teacher not in ("", name):
         raise InputError(f"--plan {own.plan} was made for {given.teacher!r}, model.teacher is {name!r}: name that one.")

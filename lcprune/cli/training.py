@@ -185,7 +185,7 @@ class RecipeCLI(LightningCLI):
             )
         say_where(self.run_folder, self._get(self.config_init, "trainer", default={}).get("default_root_dir"))
         self.export_to = self._get(self.config, "out") or self.run_folder / STUDENT
-        check_target(self.export_to, self.model.teacher_name)
+        check_target(self.export_to, self.sources)
         self._read_text()
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             leave_nothing(self.trainer)
@@ -274,6 +274,17 @@ class RecipeCLI(LightningCLI):
         assert self.export_to is not None
         delivery = Delivery(self.export_to, self.run_folder, self.tokenizer, self.recipe_text)
         close(self.trainer, self.model, self.datamodule, delivery)
+
+    @property
+    def sources(self) -> dict[str, list[str | Path]]:
+        """What the student is made of, by the setting that names it."""
+        origin, student = self.datamodule.origin, self.model.student_folder
+        return {
+            "model.teacher": [self.model.teacher_name],
+            "model.student": [] if student is None else [student],
+            "data.path": [] if origin.path is None else [*origin.path.paths],
+            "data.validation_path": [] if origin.validation_path is None else [*origin.validation_path.paths],
+        }
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

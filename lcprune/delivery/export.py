@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lcprune.delivery.card import model_card
 from lcprune.errors import DiskError, InputError, RunError
 from lcprune.files import PARTIAL, check_place, left_behind
-from lcprune.identity import write_checksums
+from lcprune.identity import CHECKSUMS, write_checksums
 from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import HISTORY, MergeHistory
 from lcprune.merging.shards import SHARD_BYTES, ShardWriter
@@ -31,6 +31,16 @@ from lcprune.models import load_tokenizer, name_of
 from lcprune.weights import size_of
 
 RECIPE = "recipe.yaml"
+FILES = (
+    *(HISTORY, RECIPE, CHECKSUMS, "README.md", "config.json", "generation_config.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("evaluation.json", "report.html", "report-*.svg", "report-*.png"),
+)
+"""What `export`, `evaluate` and `report` write into a student's folder, as patterns; any other is the user's."""
+FOLDERS = ("additional_chat_templates",)
+"""The same of folders."""
 REPLACED = ".old-"
 """Between the hidden name of an earlier export and the number of the process that puts another in its place."""
 PROOF_SHAPE = (2, 32)
@@ -167,27 +177,46 @@ def _replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_target(out: Path, teacher: str | None = None) -> None:
+def check_target(out: Path, sources: Mapping[str, Iterable[str | Path]] | None = None) -> None:
     """Raises InputError unless an export may be written to `out`; to be called before any weight is loaded.
 
     Args:
         out: The folder.
-        teacher: The original's name, which may be an earlier export and must not be replaced.
+        sources: What the student is made of, by the setting that names it: models' names and paths. One of them may lie
+            in an earlier export, or be one, and must not be replaced.
     """
     out = out.resolve()
-    if teacher is not None and out.is_dir() and Path(teacher).expanduser().resolve() == out:
-        raise InputError(f"out={out} is model.teacher, which stays as it is: name another folder for the student.")
-    if out.exists() and not _is_replaceable(out):
-        raise InputError(
-            f"out={out} exists and is neither an empty folder nor an earlier export of lcprune (those hold {HISTORY} "
-            "and config.json): name a new folder, or move that one away."
-        )
+    for setting, names in (sources or {}).items():
+        if (lost := _inside(out, names)) is not None:
+            raise InputError(
+                f"out={out} holds {setting}={lost}, which stays as it is: name another folder for the student."
+            )
+    if out.exists() and (objection := _objection(out)):
+        raise InputError(f"out={out} exists and {objection}: name a new folder, or move that one away.")
     check_place(f"out={out}", out)
 
 
-def _is_replaceable(out: Path) -> bool:
+def _inside(out: Path, names: Iterable[str | Path]) -> str | Path | None:
+    """The first of these that is `out` or lies below it."""
+    places = ((name, Path(name).expanduser().resolve()) for name in names)
+    return next((name for name, place in places if place.exists() and out in (place, *place.parents)), None)
+
+
+def _objection(out: Path) -> str:
+    """Why no export may take the place of this, to be put behind its name; empty = one may."""
+    found = sorted(out.iterdir()) if out.is_dir() else []
+    if out.is_dir() and not found:
+        return ""
     # A run folder holds a history too, but no config.json: it must survive a slip of the hand.
-    return out.is_dir() and (not any(out.iterdir()) or all((out / name).is_file() for name in (HISTORY, "config.json")))
+    if not all((out / name).is_file() for name in (HISTORY, "config.json")):
+        holding = f"those hold {HISTORY} and config.json"
+        return f"is neither an empty folder nor an earlier export of lcprune ({holding})"
+    alien = next((path for path in found if not _is_written(path)), None)
+    return "" if alien is None else f"holds {alien.name}, which no export has written and which would be lost"
+
+
+def _is_written(path: Path) -> bool:
+    return path.is_dir() == (path.name in FOLDERS) and any(path.match(pattern) for pattern in (*FILES, *FOLDERS))
 
 
 def _beside(out: Path, mark: str) -> Path:

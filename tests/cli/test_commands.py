@@ -147,6 +147,21 @@ def test_collapse_does_not_replace_its_own_teacher(config: str, tiny_folder: Pat
     assert {path.name: path.read_bytes() for path in teacher.iterdir()} == before
 
 
+@pytest.mark.parametrize("setting", ["model.teacher", "model.student"])
+def test_earlier_export_stays_that_holds_what_the_next_is_made_of(
+    setting: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "short"
+    assert main(["collapse", "--config", config, "--out", str(out)]) == 0
+    collapse = ["collapse", "--config", config, "--out", str(out), f"--{setting}"]
+    assert main([*collapse, str(out)]) == 2
+    assert f"holds {setting}={out}, which stays as it is" in capsys.readouterr().err
+    inner = Path(shutil.copytree(out, out / "checkpoint-500"))
+    assert main([*collapse, str(inner)]) == 2
+    assert f"{out} exists and holds checkpoint-500, which no export has written" in capsys.readouterr().err
+    assert (inner / "model.safetensors").is_file()
+
+
 def test_run_that_a_logger_keeps_elsewhere_says_where(tiny_folder: Path, tmp_path: Path):
     content = recipe(tiny_folder, text_file(tmp_path), tmp_path / "run", trainer__max_steps=4)
     content["trainer"]["default_root_dir"] = str(tmp_path / "moved")  # type: ignore[index]

@@ -272,6 +272,41 @@ def test_export_refuses_a_folder_that_is_not_an_export(
     assert _contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["notes.txt", "checkpoints/last.ckpt", "checkpoint-500/config.json", "tokenizer.json/mine", "other.safetensors"],
+)
+def test_export_refuses_an_earlier_one_that_holds_what_no_export_writes(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str
+):
+    out = export(tiny_llama(4), tmp_path / "mine", tokenizer=tokenizer, history=HISTORY)
+    for written in ("evaluation.json", "report.html", "report-tree.svg", "report-1-stream-student.png"):
+        (out / written).touch()
+    check_target(out)
+    place = out / name
+    if place.parent != out:
+        place.parent.unlink(missing_ok=True)
+        place.parent.mkdir()
+    place.write_text("precious")
+    before = _contents(tmp_path)
+    with pytest.raises(InputError, match=f"holds {name.split('/')[0]}, which no export has written"):
+        export(tiny_llama(4), out, tokenizer=tokenizer, history=HISTORY)
+    assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("below", ["", "checkpoint-500"])
+def test_check_target_refuses_what_the_student_is_made_of(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, below: str
+):
+    out = export(tiny_llama(4), tmp_path / "mine", tokenizer=tokenizer, history=HISTORY)
+    (out / below).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(out / below)
+    for given in (out / below, f"mine/{below}", "link"):
+        with pytest.raises(InputError, match=f"holds model.student={given}, which stays as it is"):
+            check_target(Path("mine"), {"model.teacher": ["owner/mine"], "model.student": [given]})
+
+
 @pytest.mark.parametrize("name", ["file", "file/below", "file/below/further"])
 def test_check_target_refuses_what_cannot_be_a_folder(tmp_path: Path, name: str):
     (tmp_path / "file").write_text("precious")
