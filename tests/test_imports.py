@@ -26,8 +26,8 @@ ROOMS = {
     "merges callbacks offline forecast comparison",
     "data": "preprocess columns paths sources chat tokens packing loader mixture streaming store corpus author "
     "generate origin module",
-    "delivery": "pictures card export decoding choices speed figures evaluate harness hub gguf training_log tree plots "
-    "runs provenance likeness samples page wording sections report",
+    "delivery": "pictures card spellings inherited export decoding choices speed figures evaluate harness hub gguf "
+    "training_log tree plots runs provenance likeness samples page wording sections report",
 }
 ROOMS_BELOW = {"merging": (), "data": (), "distillation": ("merging",), "delivery": ("merging",)}
 LEAVES = (

@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lcprune.delivery.card import model_card
+from lcprune.delivery.inherited import teacher_folder
+from lcprune.delivery.spellings import respell_config, respell_tokenizer
 from lcprune.errors import DiskError, InputError, RunError
 from lcprune.files import PARTIAL, check_place, left_behind
 from lcprune.identity import CHECKSUMS, write_checksums
@@ -93,6 +95,8 @@ def export(
     with _replacing(out) as folder:
         student.save_pretrained(folder)
         _save_tokenizer(tokenizer, folder)
+        respell_config(folder)
+        respell_tokenizer(folder, teacher_folder(tokenizer))
         _write_account(folder, student, history, recipe=recipe, figures=figures or {}, license=license)
         _prove(student, folder, history)
         write_checksums(folder)
@@ -143,6 +147,8 @@ def export_stream(
         if student.generation_config is not None:
             student.generation_config.save_pretrained(folder)
         _save_tokenizer(tokenizer, folder)
+        respell_config(folder)
+        respell_tokenizer(folder, teacher_folder(tokenizer))
         _write_account(folder, student, history, recipe=recipe, figures={}, license=license)
         writer.verify()
         write_checksums(folder)
