@@ -1,5 +1,6 @@
 """llama.cpp's converter is found, called as it wants, and leaves a whole file or none; a script stands in for it."""
 
+import json
 import os
 from pathlib import Path
 
@@ -89,3 +90,63 @@ def test_converter_that_fails_leaves_everything_as_it_was(
         gguf.convert(model, out)
     assert out.read_bytes() == b"GGUF before"
     assert {path.name for path in tmp_path.iterdir()} == {"short", "llama.cpp", "short.gguf"}
+
+
+def _layers(folder: Path, **config: object) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA = {"num_hidden_layers": 7, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 8, "query_pre_attn_scalar": 8}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "kinds", "layer"),
+    [
+        ("gemma2", "layer_types", [SLIDING, FULL, SLIDING, FULL], None),
+        ("gemma2", "layer_types", [SLIDING, FULL, FULL, SLIDING], 2),
+        ("gemma3_text", "layer_types", [*[SLIDING] * 5, FULL, SLIDING], None),
+        ("gemma3_text", "layer_types", [*[SLIDING] * 4, FULL, SLIDING, SLIDING], 4),
+        ("smollm3", "no_rope_layers", [1, 1, 1, 0, 1], None),
+        ("smollm3", "no_rope_layers", [1, 1, 0, 1, 1], 2),
+        ("qwen2", "layer_types", [FULL, SLIDING], None),
+    ],
+)
+def test_layers_that_llama_cpp_would_take_for_others_are_refused(
+    model_type: str,
+    field: str,
+    kinds: list[object],
+    layer: int | None,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv(gguf.PLACE, str(_install(tmp_path / "llama.cpp")))
+    _layers(model, model_type=model_type, **{**GEMMA, field: kinds})
+    if layer is None:
+        gguf.convert(model, tmp_path / "x.gguf")
+        return
+    with pytest.raises(InputError, match=f"makes no GGUF file: its {field} says {kinds[layer]} of layer {layer}, "):
+        gguf.convert(model, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "depth", "scalar", "taken"),
+    [
+        ("gemma2", 46, 16, None),
+        ("gemma2", 44, 16, 8),
+        ("gemma2", 44, 8, None),
+        ("gemma2", 46, 8, 16),
+        ("gemma3_text", 56, 16, 8),
+    ],
+)
+def test_scale_that_llama_cpp_would_take_for_another_is_refused(
+    model_type: str, depth: int, scalar: int, taken: int | None, model: Path
+):
+    _layers(model, **{**GEMMA, "model_type": model_type, "num_hidden_layers": depth, "query_pre_attn_scalar": scalar})
+    if taken is None:
+        gguf.check_layers(model)
+        return
+    with pytest.raises(InputError, match=rf"query_pre_attn_scalar is {scalar}, .* of {depth} layers to have {taken}: "):
+        gguf.check_layers(model)
