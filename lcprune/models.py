@@ -9,6 +9,7 @@ inside functions.
 """
 
 import os
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,20 +70,42 @@ def public_name(model: str) -> str:
     return DEMO_NAME if model == DEMO else model
 
 
-def license_of(model: str) -> str | None:
-    """The licence a model's card names, as the hub spells it; None when there is no card that can be read."""
+@dataclass(frozen=True)
+class License:
+    """Under what a model may be passed on, as its card on the hub says."""
+
+    license: str
+    """The hub's own name of it ("apache-2.0"), or "other"."""
+    license_name: str | None = None
+    """What another one is called."""
+    license_link: str | None = None
+    """Where its text is: an address, or a file beside the card."""
+
+    def __str__(self) -> str:
+        more = ", ".join(part for part in (self.license_name, self.license_link) if part)
+        return f"{self.license} ({more})" if more else self.license
+
+    def fields(self) -> dict[str, object]:
+        """Of a model card's front matter."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def license_of(model: str) -> License | None:
+    """The licence that a model's card names; None when there is no card that can be read."""
     import yaml
     from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     if model == DEMO:
-        return "apache-2.0"
+        return License("apache-2.0")
     folder = Path(resolve(model))
     try:
         card = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(model, "README.md"))
-        return ModelCard(card.read_text(encoding="utf-8")).data.get("license")
+        told = ModelCard(card.read_text(encoding="utf-8")).data
     except (OSError, HfHubHTTPError, ValueError, yaml.YAMLError):
         return None
+    values = {field.name: value for field in fields(License) if isinstance(value := told.get(field.name), str)}
+    return License(**values) if "license" in values else None
 
 
 def read_config(model: str) -> "PretrainedConfig":

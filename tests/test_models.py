@@ -42,3 +42,18 @@ def test_config_of_an_unknown_kind_is_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "abacus"}', encoding="utf-8")
     with pytest.raises(InputError, match="abacus"):
         models.read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ("license: mit", models.License("mit")),
+        ("license: other\nlicense_name: mine\nlicense_link: LICENSE", models.License("other", "mine", "LICENSE")),
+        ("tags: [a]", None),
+        ("license: [mit, apache-2.0]", None),
+    ],
+)
+def test_licence_is_read_from_the_card(front: str, expected: models.License | None, tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A model\n", encoding="utf-8")
+    assert models.license_of(str(tmp_path)) == expected

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 import yaml
 
 from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.models import License
 
 METHODS = {
     "ShortGPT": "Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect, 2403.03853",
@@ -53,7 +54,7 @@ def model_card(
     history: MergeHistory,
     *,
     figures: Mapping[str, float],
-    license: str | None = None,
+    license: License | str | None = None,
     recipe: str | None = None,
 ) -> str:
     """The text of README.md.
@@ -61,16 +62,17 @@ def model_card(
     Args:
         history: The merges that made the student.
         figures: What was measured or counted, by name; printed in the order given.
-        license: The base model's licence as the hub spells it ("apache-2.0"); None when it is not known.
+        license: The base model's licence, or its name as the hub spells it ("apache-2.0"); None = it is not known.
         recipe: Text of the resolved recipe, for what it says about data; of paths only the last name is told.
     """
+    terms = License(license) if isinstance(license, str) else license
     return "\n".join(
         [
-            _front_matter(history, license),
+            _front_matter(history, terms),
             f"# {short_name(history.teacher)}, {history.teacher_depth} -> {history.depth} layers\n",
-            f"A shorter version of `{history.teacher or 'an unnamed model'}`, made with lcprune: runs of consecutive "
-            "layers were merged into one. `history.json` holds the same account for programs.\n",
-            f"Licence of the base model: {license or 'unknown: see the base model'}.\n",
+            f"A shorter version of `{_told(history.teacher)}`, made with lcprune: runs of consecutive layers "
+            "were merged into one. `history.json` holds the same account for programs.\n",
+            f"Licence of the base model: {terms or 'unknown: see the base model'}.\n",
             "## What was merged\n",
             "Layers are numbered as they stood when the merge began.\n",
             _table(("step", "global_step", "group", "operator", "shares"), _step_rows(history.steps)),
@@ -128,11 +130,22 @@ def _yaml(content: Mapping[object, object]) -> str:
     return f"```yaml\n{yaml.safe_dump(dict(content), sort_keys=False)}```\n"
 
 
-def _front_matter(history: MergeHistory, license: str | None) -> str:
+def _told(teacher: str) -> str:
+    """A model on the hub by its name, one of this machine without the folders that it lies in."""
+    if not teacher:
+        return "an unnamed model"
+    return teacher if _is_of_the_hub(teacher) else short_name(teacher)
+
+
+def _is_of_the_hub(teacher: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", teacher) is not None and not Path(teacher).exists()
+
+
+def _front_matter(history: MergeHistory, license: License | None) -> str:
     trained = any(step.global_step is not None for step in history.steps)
-    fields: dict[str, object] = {"license": license or "unknown"}
+    fields: dict[str, object] = {"license": "unknown"} if license is None else license.fields()
     # The hub refuses a base_model that is not one of its names, and a local path is nobody else's business.
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", history.teacher) and not Path(history.teacher).exists():
+    if _is_of_the_hub(history.teacher):
         fields["base_model"] = history.teacher
     fields |= {
         "library_name": "transformers",

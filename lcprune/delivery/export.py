@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lcprune.delivery.card import model_card
-from lcprune.delivery.inherited import teacher_folder
+from lcprune.delivery.inherited import SENTENCEPIECE, TERMS, inherit, teacher_folder
 from lcprune.delivery.spellings import respell_config, respell_tokenizer
 from lcprune.errors import DiskError, InputError, RunError
 from lcprune.files import PARTIAL, check_place, left_behind
@@ -29,7 +29,7 @@ from lcprune.merging.calibration import evaluating
 from lcprune.merging.lineage import HISTORY, MergeHistory
 from lcprune.merging.shards import SHARD_BYTES, ShardWriter
 from lcprune.merging.streaming import stored_tensors
-from lcprune.models import load_tokenizer, name_of
+from lcprune.models import License, load_tokenizer, name_of
 from lcprune.weights import size_of
 
 RECIPE = "recipe.yaml"
@@ -37,8 +37,9 @@ FILES = (
     *(HISTORY, RECIPE, CHECKSUMS, "README.md", "config.json", "generation_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *(SENTENCEPIECE, "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
     *("evaluation.json", "report.html", "report-*.svg", "report-*.png"),
+    *TERMS,
 )
 """What `export`, `evaluate` and `report` write into a student's folder, as patterns; any other is the user's."""
 FOLDERS = ("additional_chat_templates",)
@@ -64,7 +65,7 @@ def export(
     history: MergeHistory,
     recipe: str | None = None,
     figures: Mapping[str, float] | None = None,
-    license: str | None = None,
+    license: License | str | None = None,
 ) -> Path:
     """Writes `student` as a Hugging Face folder, proves it by reloading, and only then puts it at `out`.
 
@@ -77,7 +78,7 @@ def export(
         history: The merges that led to the student.
         recipe: Text of the resolved recipe, kept as recipe.yaml.
         figures: Measurements for the model card, by metric name.
-        license: The base model's licence as the hub spells it; None when it is not known.
+        license: The base model's licence, or its name as the hub spells it; None when it is not known.
 
     Returns:
         The absolute path of the folder.
@@ -94,9 +95,7 @@ def export(
         tokenizer = load_tokenizer(name_of("tokenizer", tokenizer))
     with _replacing(out) as folder:
         student.save_pretrained(folder)
-        _save_tokenizer(tokenizer, folder)
-        respell_config(folder)
-        respell_tokenizer(folder, teacher_folder(tokenizer))
+        _complete(folder, tokenizer)
         _write_account(folder, student, history, recipe=recipe, figures=figures or {}, license=license)
         _prove(student, folder, history)
         write_checksums(folder)
@@ -111,7 +110,7 @@ def export_stream(
     tokenizer: PreTrainedTokenizerBase,
     history: MergeHistory,
     recipe: str | None = None,
-    license: str | None = None,
+    license: License | str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """`export` for a student that is not in memory: every tensor is written as it comes.
@@ -146,13 +145,19 @@ def export_stream(
         student.config.save_pretrained(folder)
         if student.generation_config is not None:
             student.generation_config.save_pretrained(folder)
-        _save_tokenizer(tokenizer, folder)
-        respell_config(folder)
-        respell_tokenizer(folder, teacher_folder(tokenizer))
+        _complete(folder, tokenizer)
         _write_account(folder, student, history, recipe=recipe, figures={}, license=license)
         writer.verify()
         write_checksums(folder)
     return out.resolve()
+
+
+def _complete(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What goes with weights and config."""
+    _save_tokenizer(tokenizer, folder)
+    inherit(folder, tokenizer)
+    respell_config(folder)
+    respell_tokenizer(folder, teacher_folder(tokenizer))
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -237,7 +242,7 @@ def _write_account(
     *,
     recipe: str | None,
     figures: Mapping[str, float],
-    license: str | None,
+    license: License | str | None,
 ) -> None:
     counted = {"layers": history.depth, "parameters": student.num_parameters(), "bytes on disk": size_of(folder)}
     card = model_card(history, figures={**counted, **figures}, license=license, recipe=recipe)

@@ -11,6 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 SENTENCEPIECE = "tokenizer.model"
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Files that say under what a model may be passed on, and have to go with it, as patterns."""
 
 
 def teacher_folder(tokenizer: PreTrainedTokenizerBase) -> Path | None:
@@ -34,10 +36,12 @@ def inherit(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     teacher = teacher_folder(tokenizer)
     if teacher is None:
         return
-    file = _sentencepiece(tokenizer.name_or_path, teacher)
+    for file in (file for pattern in TERMS for file in teacher.glob(pattern) if file.is_file()):
+        shutil.copyfile(file, folder / file.name)
+    vocabulary = _sentencepiece(tokenizer.name_or_path, teacher)
     # Tokens that were added to it since are not in that file.
-    if file is not None and AutoTokenizer.from_pretrained(teacher).get_vocab() == tokenizer.get_vocab():
-        shutil.copyfile(file, folder / SENTENCEPIECE)
+    if vocabulary is not None and AutoTokenizer.from_pretrained(teacher).get_vocab() == tokenizer.get_vocab():
+        shutil.copyfile(vocabulary, folder / SENTENCEPIECE)
 
 
 def _sentencepiece(name: str, teacher: Path) -> Path | None:

@@ -7,6 +7,7 @@ import yaml
 
 from lcprune.delivery.card import METHOD_OF_OPERATOR, model_card, with_evaluation
 from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.models import License
 
 
 def _history(*operators: str, teacher: str = "example/tiny", global_step: int | None = 5) -> MergeHistory:
@@ -36,6 +37,24 @@ def test_card_states_the_licence(license: str | None, field: str, text: str):
     card = model_card(_history("Drop"), figures={}, license=license)
     assert _front_matter(card)["license"] == field
     assert f"Licence of the base model: {text}." in card
+
+
+def test_card_carries_what_another_licence_is_called_and_where_it_is():
+    terms = License("other", "my-licence", "LICENSE")
+    card = model_card(_history("Drop"), figures={}, license=terms)
+    assert {name: _front_matter(card)[name] for name in ("license", "license_name", "license_link")} == {
+        "license": "other",
+        "license_name": "my-licence",
+        "license_link": "LICENSE",
+    }
+    assert "Licence of the base model: other (my-licence, LICENSE)." in card
+
+
+def test_card_tells_nobody_where_a_teacher_lies(tmp_path: Path):
+    card = model_card(_history("Drop", teacher="/home/me/models/tiny"), figures={})
+    assert "A shorter version of `tiny`," in card
+    assert "/home" not in card
+    assert "of `example/tiny`," in model_card(_history("Drop"), figures={})
 
 
 @pytest.mark.parametrize(
