@@ -4,6 +4,7 @@ What could fail at the end (a name, a login, a converter) is looked at before an
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,19 @@ def run(command: str, arguments: list[str]) -> None:
         gguf.convert(folder, own.gguf, own.gguf_type)
         print(f"gguf: {own.gguf}")
     if own.push_to_hub is not None:
+        _say_what_is_told(folder)
         print(f"hub: {hub.push(folder, own.push_to_hub)}")
+
+
+def _say_what_is_told(folder: Path) -> None:
+    """Warns of paths of this machine that others will read."""
+    if told := hub.local_paths(folder):
+        print(
+            f"lcprune: {', '.join(told)} go to the hub as they are and name places on this machine, such as "
+            f"{next(iter(told.values()))}: delete them there before you make the repository public; to load the model "
+            "nobody needs them.",
+            file=sys.stderr,
+        )
 
 
 def _parser() -> CommandParser:

@@ -1,13 +1,19 @@
 """An exported folder on the Hugging Face hub: whether it can go there is asked first, then it goes at once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from lcprune.delivery.export import RECIPE
 from lcprune.errors import InputError, RunError, reason
+from lcprune.merging.lineage import HISTORY
 
+ACCOUNTS = (RECIPE, HISTORY, "evaluation.json")
+"""Files of an export that say how it was made, with the paths that were typed."""
 # OSError and the base class of whatever HTTP library this version of huggingface_hub is built on.
 UNREACHABLE: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
 
@@ -35,6 +41,22 @@ def check(name: str) -> None:
             f"--push-to-hub {name}: the hub does not let you in ({reason(error)}): check the network and your token "
             "(`hf auth login`)."
         ) from error
+
+
+def local_paths(folder: Path) -> dict[str, str]:
+    """By file of an export that names places of this machine, the first of them."""
+    contents = {name: folder / name for name in ACCOUNTS if (folder / name).is_file()}
+    # YAML reads JSON, too.
+    found = {name: list(_paths(yaml.safe_load(file.read_text("utf-8")))) for name, file in contents.items()}
+    return {name: paths[0] for name, paths in found.items() if paths}
+
+
+def _paths(content: object) -> Iterator[str]:
+    if isinstance(content, str) and content.startswith(("/", "~/")):
+        yield content
+    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    for each in inner:
+        yield from _paths(each)
 
 
 def push(folder: Path, name: str) -> str:

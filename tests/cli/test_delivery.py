@@ -44,7 +44,10 @@ def test_export_pushes_the_folder(short: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(hub, "push", lambda folder, name: calls.append((folder, name)) or "https://hub/me/short")
     assert main(["export", str(short), "--push-to-hub", "me/short"]) == 0
     assert calls == ["me/short", (short, "me/short")]
-    assert "hub: https://hub/me/short" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "hub: https://hub/me/short" in said.out
+    assert said.err.count("lcprune: ") == 1
+    assert "recipe.yaml, history.json go to the hub as they are and name places on this machine, such as /" in said.err
 
 
 # Arguments behind `export`, with {short} for an export, and what the sentence has to say.

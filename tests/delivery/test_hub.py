@@ -80,3 +80,11 @@ def test_upload_that_breaks_off_says_how_to_repeat_it(tmp_path: Path, monkeypatc
     monkeypatch.setattr(hub, "HfApi", _Hub(OSError("reset by peer")))
     with pytest.raises(RunError, match=f"reset by peer.*lcprune export {tmp_path} --push-to-hub short"):
         hub.push(tmp_path, "short")
+
+
+def test_paths_of_this_machine_are_found_in_what_is_uploaded(tmp_path: Path):
+    assert hub.local_paths(tmp_path) == {}
+    (tmp_path / "recipe.yaml").write_text("model: {teacher: owner/name}\ndata:\n  path: [a.txt, /home/me/b.txt]\n")
+    (tmp_path / "history.json").write_text('{"teacher": "~/models/m", "steps": [{"scores": {"bi": 0.5}}]}')
+    (tmp_path / "evaluation.json").write_text('{"model": "short", "text": "held-out/part"}')
+    assert hub.local_paths(tmp_path) == {"recipe.yaml": "/home/me/b.txt", "history.json": "~/models/m"}
