@@ -65,6 +65,12 @@ def resolve(model: str) -> str:
     return str(path)
 
 
+def located(model: str) -> str:
+    """The name by which a local folder is found from any other one, too; any other name as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if model and path.is_dir() else model
+
+
 def public_name(model: str) -> str:
     """What others call a model: the demo model's name on the hub, any other as it is."""
     return DEMO_NAME if model == DEMO else model

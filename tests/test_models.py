@@ -17,6 +17,14 @@ def test_local_folder_is_kept_and_home_expanded(tiny_folder: Path, monkeypatch: 
     assert models.resolve(str(tiny_folder)) == models.resolve(f"~/{tiny_folder.name}") == str(tiny_folder)
 
 
+def test_local_folder_is_located_and_other_names_stay(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tiny_folder.parent)
+    for name in (tiny_folder.name, f"./{tiny_folder.name}/", str(tiny_folder)):
+        assert models.located(name) == str(tiny_folder)
+    for name in ("demo:smollm2", "owner/name", "/nowhere/at/all", ""):
+        assert models.located(name) == name
+
+
 @pytest.mark.parametrize(
     ("model", "words"), [("./nowhere", "does not exist"), ("{}", "no config.json"), ("{}/file", "is not a folder")]
 )

@@ -20,7 +20,7 @@ from lcprune.distillation.checkpoint import load_student, read
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
 
-USAGE = """lcprune export CHECKPOINT --out FOLDER [--push-to-hub NAME] [--gguf FILE]
+USAGE = """lcprune export CHECKPOINT --out FOLDER [--teacher NAME] [--push-to-hub NAME] [--gguf FILE]
        lcprune export FOLDER [--push-to-hub NAME] [--gguf FILE]"""
 EXAMPLES = """examples:
   lcprune export runs/x/checkpoints/last.ckpt --out short
@@ -33,7 +33,7 @@ def run(command: str, arguments: list[str]) -> None:
     own = _parser().parse_args(arguments)
     _check(own)
     quieten()
-    folder = _exported(own.source, own.out) if own.out is not None else _whole(own.source)
+    folder = _exported(own.source, own.out, own.teacher) if own.out is not None else _whole(own.source)
     if own.gguf is not None:
         gguf.convert(folder, own.gguf, own.gguf_type)
         print(f"gguf: {own.gguf}")
@@ -59,6 +59,7 @@ def _parser() -> CommandParser:
         "source", type=Path, help="A .ckpt that lcprune fit wrote, an exported folder, or a run folder."
     )
     parser.add_argument("--out", type=Path, help="Folder for the student of a checkpoint.")
+    parser.add_argument("--teacher", help="Where the teacher of a checkpoint is now; default: where it was.")
     parser.add_argument("--push-to-hub", metavar="NAME", help="Upload the folder as owner/name.")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="Make a .gguf file of the folder.")
     parser.add_argument("--gguf-type", default=gguf.TYPES[0], help=f"{', '.join(gguf.TYPES)}: of its weights.")
@@ -81,6 +82,8 @@ def _check(own: argparse.Namespace) -> None:
         raise InputError(
             f"--gguf-type {own.gguf_type} belongs to --gguf FILE, which is not given: give it or drop this."
         )
+    if own.teacher is not None and own.out is None:
+        raise InputError(f"--teacher {own.teacher} is for the student of a checkpoint, {own.source} is whole: drop it.")
     if own.out is not None:
         check_target(own.out)
     if own.gguf is not None:
@@ -89,13 +92,17 @@ def _check(own: argparse.Namespace) -> None:
         hub.check(own.push_to_hub)
 
 
-def _exported(checkpoint: Path, out: Path) -> Path:
+def _exported(checkpoint: Path, out: Path, moved: str | None) -> Path:
     """The student of a checkpoint as a folder."""
     recipe, template = (_kept(checkpoint, name) for name in (RECIPE, TEMPLATE))
-    check_target(out, {"the checkpoint's teacher": [read(checkpoint).history.teacher]})
-    student, record = load_student(checkpoint)
-    teacher = record.history.teacher
-    cast(student, stored_dtype(weights.config_of(teacher)))
+    teacher = models.located(moved or read(checkpoint).history.teacher)
+    check_target(out, {"the checkpoint's teacher": [teacher]})
+    try:
+        config = weights.config_of(teacher)
+    except InputError as error:
+        raise InputError(f"The teacher of {checkpoint}: {error} If it has moved, say where to: --teacher.") from error
+    student, record = load_student(checkpoint, teacher)
+    cast(student, stored_dtype(config))
     export(
         student,
         out,

@@ -59,7 +59,7 @@ def _collapse(arguments: list[str]) -> None:
     if not own.plan_only:
         check_target(own.out, cli.sources)
     name = models.public_name(cli.model.teacher_name)
-    if given is not None and given.teacher not in ("", name):
+    if given is not None and given.teacher and models.located(given.teacher) != name:
         raise InputError(f"--plan {own.plan} was made for {given.teacher!r}, model.teacher is {name!r}: name that one.")
     if given is not None:
         collapse.check_plan(on_meta(cli.model.teacher_config), given)

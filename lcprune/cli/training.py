@@ -156,9 +156,13 @@ class RecipeCLI(LightningCLI):
         return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
-        """As Lightning's, and looks at the seed, which it uses at once."""
+        """As Lightning's; says where models are that lie here, and looks at the seed, which it uses at once."""
         super().parse_arguments(parser, args)  # type: ignore[arg-type]
-        seed = self.config.get(str(self.config.get("subcommand")), self.config).get("seed_everything")
+        settings = self.config.get(str(self.config.get("subcommand")), self.config)
+        for setting in ("model.teacher", "model.student", "data.tokenizer"):
+            if isinstance(given := settings.get(setting), str | Path):
+                settings[setting] = models.located(str(given))
+        seed = settings.get("seed_everything")
         if isinstance(seed, int) and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything={seed} must lie between 0 and {2**32 - 1}.")
 

@@ -170,18 +170,23 @@ def check_goes_on(path: Path) -> None:
         )
 
 
-def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
+def load_student(path: Path, teacher: str | None = None) -> tuple[PreTrainedModel, Record]:
     """The student out of a checkpoint, plain and on the CPU: adapters are part of its weights, nothing is packed.
 
     The teacher's config is needed, and its weights only where the student's base was packed.
+
+    Args:
+        path: The checkpoint.
+        teacher: Where its teacher is now; default: where it was.
 
     Raises:
         InputError: As `read`, or if the teacher's config cannot be found any more or does not fit.
     """
     checkpoint = load_file(path)
     record = Record.of(checkpoint)
-    config = models.read_config(record.history.teacher)
-    record.check_fits(record.history.teacher, fingerprint_of(config))
+    teacher = record.history.teacher if teacher is None else teacher
+    config = models.read_config(teacher)
+    record.check_fits(teacher, fingerprint_of(config))
     mend_config(config, record.history.steps)
     weights = checkpoint["state_dict"]
     assert isinstance(weights, Mapping)
@@ -191,7 +196,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     dtype = next(iter(tensors.values())).dtype  # bf16-true trains in another one than model.dtype
     lora = None if record.lora is None else Lora(**record.lora)  # type: ignore[arg-type]
     if lora is not None and lora.base != "full":
-        model = load(record.history.teacher, record.dtype, packed=lora.base)
+        model = load(teacher, record.dtype, packed=lora.base)
         surgery.replay(model, record.history)
     else:
         # From a config alone: transformers has no folder to read, and takes weights and dtype from what it is given.
@@ -203,7 +208,7 @@ def load_student(path: Path) -> tuple[PreTrainedModel, Record]:
     model.load_state_dict({**quantized.packed_weights(model), **tensors}, assign=True)
     model.tie_weights()
     adapters.fold(model)
-    if (generation := models.read_generation_config(record.history.teacher)) is not None:
+    if (generation := models.read_generation_config(teacher)) is not None:
         model.generation_config = generation
     return model.eval(), record
 

@@ -132,7 +132,7 @@ class DistillationModule(Resumable, Stepping):
             check_levels([phase.objective for phase in self.phases])
         self.lora = adapters.lora_for([phase.trained(train) for phase in self.phases], lora)
         self.phases_begin: Begin = phases_begin
-        self.teacher_name = models.name_of("model.teacher", teacher)
+        self.teacher_name = models.located(models.name_of("model.teacher", teacher))
         self.student_folder = None if student is None else files.path_of("model.student", student)
         self.train_usually: Trained = train
         self.weights_dtype: DtypeName = dtype

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
+from lcprune import models
 from lcprune.distillation import averaging, beforehand, beginning, optim, quantized, sharded
 from lcprune.distillation import teacher as teacher_room
 from lcprune.distillation import trained as trained_room
@@ -198,7 +199,7 @@ class Resumable(Evaluated):
         self._check_resumes(record)
         if self._trainer is not None and self._trainer.state.fn == "fit":
             self.check_goes_on(record)
-        if record.history.teacher != self.teacher_name:
+        if models.located(record.history.teacher) != self.teacher_name:
             rank_zero_warn(
                 f"the checkpoint's teacher is {record.history.teacher!r}, model.teacher is {self.teacher_name!r}: "
                 "they have the same shape, make sure that they are the same model"

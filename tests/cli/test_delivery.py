@@ -58,6 +58,7 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no converter for a checkpoint": (["x.ckpt", "--out", "o", "--gguf", "x.gguf"], ("LLAMA_CPP",)),
     "folder to a folder": (["{short}", "--out", "o"], ("is a folder already", "--out")),
     "folder to nothing": (["{short}"], ("is a folder already", "--push-to-hub NAME or --gguf FILE")),
+    "teacher of a folder": (["{short}", "--push-to-hub", "a/b", "--teacher", "m"], ("--teacher m", "drop it")),
     "type without a file": (["{short}", "--push-to-hub", "a/b", "--gguf-type", "q8_0"], ("--gguf-type q8_0",)),
     "nothing at all": (["nowhere", "--gguf", "x.gguf"], ("--out is missing", "nowhere is no folder")),
 }
