@@ -51,7 +51,8 @@ def run(command: str, arguments: list[str]) -> None:
         side_by_side.show(evaluation)
         write_text(job.out, evaluation.to_json())
         print(f"evaluation: {job.out}")
-        _tell_card(job, evaluation)
+        if own.limit is None and own.out is None:  # others are figures for oneself, and no model is judged by them
+            _tell_card(job, evaluation)
 
 
 def _tell_card(job: Job, evaluation: Evaluation) -> None:
@@ -60,7 +61,9 @@ def _tell_card(job: Job, evaluation: Evaluation) -> None:
     if job.subject.history is None or not card.is_file() or not os.access(card.parent, os.W_OK):
         return
     header = side_by_side.headings(evaluation)
-    text = f"Measured with lcprune {__version__} on {job.text.source}, in {job.dtype}."
+    blocks, tokens = (evaluation.settings[name] for name in ("blocks", "tokens"))
+    amount = f"{blocks:,} block{'s' * (blocks != 1)}, {tokens:,} tokens"
+    text = f"Measured with lcprune {__version__} on {job.text.source} ({amount}), in {job.dtype}."
     write_text(card, with_evaluation(card.read_text(encoding="utf-8"), [header, *side_by_side.rows(evaluation)], text))
     print(f"model card: {card}")
 
@@ -75,12 +78,18 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--text", type=Path, help="Measure on all of this file; as data.path of a recipe.")
     parser.add_argument("--config", type=Path, help="Measure on this recipe's held-out text; default: the model's own.")
-    parser.add_argument("--limit", type=int, help="At most so many questions of each task, and blocks of the text.")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="At most so many questions of each task, and blocks of the text; the model card stays as it is.",
+    )
     parser.add_argument(
         "--device", help="cpu, cuda or cuda:1; default: what the recipe says, else cuda if there is one."
     )
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, of both models; default: as the model is stored.")
-    parser.add_argument("--out", type=Path, help=f"JSON file; default: {FILE} in the run's or the model's folder.")
+    parser.add_argument(
+        "--out", type=Path, help=f"JSON file; default: {FILE} in the run's or the model's folder, and the model card."
+    )
     return parser
 
 

@@ -1,12 +1,14 @@
 """The text that `evaluate` measures on, and in which precision: a recipe's own, a file, or the built-in text."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PretrainedConfig
 
 from lcprune.cli.machines import OneDevice
@@ -51,22 +53,46 @@ def of_file(
         limit: At most so many blocks.
         device: Where to compute; default: cuda if there is one.
     """
-    size = min(BLOCK, getattr(config.get_text_config(), "max_position_embeddings", None) or BLOCK)
-    try:
-        # The file as both parts: all of it is held out.
-        text = TextDataModule(
-            tokenizer=tokenizer,
-            path=path,
-            validation_path=path,
-            block_size=size,
-            validation_blocks=limit,
-        )
-        text.setup()
-    except InputError as error:
-        raise InputError(f"--text {path or ''} cannot be cut into blocks of {size} tokens: {error}") from error
+    most = min(BLOCK, getattr(config.get_text_config(), "max_position_embeddings", None) or BLOCK)
     source = "held-out part of the built-in text" if path is None else path.name
+    try:
+        with _untold():
+            text = _cut(path, tokenizer, most, limit)
+    except InputError as error:
+        raise InputError(f"--text {path or ''} cannot be cut into blocks of {most} tokens: {error}") from error
+    batches = list(text.val_dataloader())
+    count = sum(len(batch["input_ids"]) for batch in batches)
+    rank_zero_info(f"{source}: {count} block{'s' * (count != 1)} of {text.block_size} tokens")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
-    return HeldOutText(source, list(text.val_dataloader()), torch.device(device or usual))
+    return HeldOutText(source, batches, torch.device(device or usual))
+
+
+def _cut(path: Path | None, tokenizer: str, most: int, limit: int | None) -> TextDataModule:
+    """A text in blocks, all of a file; where it is shorter than one block, one as long as it is."""
+
+    def in_blocks_of(size: int) -> TextDataModule:
+        # The file as both parts: all of it is held out.
+        return TextDataModule(
+            tokenizer=tokenizer, path=path, validation_path=path, block_size=size, validation_blocks=limit
+        )
+
+    text = in_blocks_of(most)
+    if path is not None and 1 < (length := len(text.read().validation.stream)) < most:
+        text = in_blocks_of(length)
+    text.setup()
+    return text
+
+
+@contextmanager
+def _untold() -> Iterator[None]:
+    """Keeps to itself how a text would be divided for training, of which there is none."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def of_recipe(path: Path, limit: int | None, device: str | None = None) -> HeldOutText:

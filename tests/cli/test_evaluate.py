@@ -156,9 +156,31 @@ def test_several_models_have_a_file_each_and_ask_their_teacher_once(
     assert [_json(place / "evaluation.json")["models"]["student"]["layers"] for place in (finished, other)] == [4, 5]
 
 
+def test_text_shorter_than_a_block_is_one_block(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("layer merge teacher")
+    assert main(["evaluate", str(tiny_folder), "--text", "short.txt", "--out", "e.json"]) == 0
+    settings = _json(tmp_path / "e.json")["settings"]
+    length = len("layer merge teacher") + 1  # and the EOS
+    assert (settings["blocks"], settings["block_size"], settings["tokens"]) == (1, length, length - 1)
+    assert [record.getMessage() for record in caplog.records] == [f"short.txt: 1 block of {length} tokens"]
+
+
+@pytest.mark.parametrize("option", [["--limit", "1"], ["--out", "{}/e.json"]])
+def test_figures_for_oneself_leave_the_model_card_alone(option: list[str], finished: Path, tmp_path: Path):
+    card = finished / "student" / "README.md"
+    before = card.read_text()
+    assert main(["evaluate", str(finished), "--dtype", "bfloat16", *(part.format(tmp_path) for part in option)]) == 0
+    assert card.read_text() == before
+
+
 def test_model_card_of_an_export_tells_the_last_evaluation(finished: Path, tasks: Path):
-    assert main(["evaluate", str(finished), "--task-folder", str(tasks), "--limit", "2"]) == 0
+    assert main(["evaluate", str(finished), "--task-folder", str(tasks)]) == 0
     card = (finished / "student" / "README.md").read_text()
+    settings = _json(finished / "evaluation.json")["settings"]
+    assert f"held-out part of recipe.yaml's data ({settings['blocks']} blocks, {settings['tokens']} tokens), in" in card
     assert card.count("## Evaluation") == 1
     assert "| one acc |" in card
     assert "## Data" in card
