@@ -1,5 +1,6 @@
 """`collapse`: the recipe's planner and operator at once, without training."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
 from lcprune.files import check_file, write_text
 from lcprune.merging import collapse
+from lcprune.merging import refit as refits
 from lcprune.merging.activity import KnownActivity
 from lcprune.merging.budget import on_meta
 from lcprune.merging.lineage import MergeHistory
@@ -65,6 +67,7 @@ def _collapse(arguments: list[str]) -> None:
         collapse.check_plan(on_meta(cli.model.teacher_config), given)
         if not given.steps:
             raise InputError(f"--plan {own.plan} merges nothing: give it steps, or leave --plan out to have one made.")
+        _say_what_is_passed_over(own.plan, given, cli)
     goal = budgets.goal(budget, cli) if given is None else None
     if own.stream:
         streaming.collapse(own, cli, given, goal)
@@ -84,6 +87,21 @@ def _collapse(arguments: list[str]) -> None:
     _deliver(model, history, cli, own.out, known)
     print(budgets.outcome(history, cli, budget, own.out))
     print(f"student: {own.out}")
+
+
+def _say_what_is_passed_over(plan: Path, given: MergeHistory, cli: RecipeCLI) -> None:
+    """Tells of a refit and an operator of the recipe that a plan, which has its own, does not run."""
+    callback, passed_over = collapse_of(cli), []
+    operators = {from_spec(step.operator) for step in given.steps}
+    if cli.config.get("collapse.operator") is not None and callback.operator not in operators:
+        names = ", ".join(sorted(type(operator).__name__ for operator in operators))
+        passed_over.append(f"it merges with {names}, and the recipe's {type(callback.operator).__name__} is not run")
+    planned = [refits.from_spec(step.refit) for step in given.steps if step.refit is not None]
+    if callback.refit is not None and callback.refit not in planned:
+        what = f"its refit is {type(planned[-1]).__name__}" if planned else "it has no refit"
+        passed_over.append(f"{what}, and the recipe's {type(callback.refit).__name__} is not run")
+    if passed_over:
+        print(f"lcprune: --plan {plan}: {'; '.join(passed_over)}: put it into the plan's steps.", file=sys.stderr)
 
 
 def _plan(model: PreTrainedModel, cli: RecipeCLI, goal: budgets.Goal, known: KnownActivity) -> MergeHistory:

@@ -138,6 +138,32 @@ def test_plan_that_names_the_same_teacher_otherwise_is_executed(
     assert main(["collapse", "--config", config, "--plan", str(plan), "--out", str(tmp_path / "short")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([], ""),
+        (["--collapse.refit", "MagnitudeCompensation"], "it has no refit, and the recipe's MagnitudeCompensation is"),
+        (
+            ["--collapse.operator", "WeightedAverage"],
+            "it merges with Drop, and the recipe's WeightedAverage is not run",
+        ),
+        (["--collapse.operator", "null"], ""),
+    ],
+)
+def test_plan_says_what_of_the_recipe_it_passes_over(
+    changes: list[str], said: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plan = str(tmp_path / "plan.json")
+    assert main(["collapse", "--config", config, "--plan-only", "--out", plan]) == 0
+    capsys.readouterr()
+    out = tmp_path / "short"
+    assert main(["collapse", "--config", config, *changes, "--plan", plan, "--out", str(out)]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lcprune: ")]
+    assert len(lines) == bool(said)
+    assert not said or said in lines[0]
+    assert not said or lines[0].endswith("put it into the plan's steps.")
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_student_of_a_checkpoint_is_stored_in_the_dtype_of_its_teacher(tmp_path: Path, precision: str):
     teacher = save_tiny(tmp_path / "bf16", tiny_llama(dtype=torch.bfloat16))
