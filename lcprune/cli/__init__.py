@@ -6,10 +6,14 @@ by the user, 143 by SIGTERM. A defect of ours keeps its traceback.
 """
 
 import errno
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
+from types import FrameType
 
 from lcprune import __version__
 from lcprune.errors import InputError, RunError, Stopped
@@ -129,7 +133,37 @@ def _run(command: str, arguments: list[str]) -> None:
             f"{command!r} is not a command{f', did you mean {near[0]}?' if near else ';'} "
             f"the commands are {', '.join(HOMES)}."
         )
-    import_module(f"lcprune.cli.{HOMES[command]}").run(command, arguments)
+    run = import_module(f"lcprune.cli.{HOMES[command]}").run
+    if command in TRAINING:  # which ends between two steps, with a checkpoint
+        run(command, arguments)
+        return
+    try:
+        with _terminable():
+            run(command, arguments)
+    except _Terminated as stop:
+        raise Stopped("stopped by SIGTERM: run the command again.", 128 + signal.SIGTERM) from stop
+
+
+class _Terminated(BaseException):
+    """SIGTERM; no library takes it for an error that it knows."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM unwind what is being done, so that what is half written goes."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough: a second one must not break off the tidying up
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _say(message: object, status: int) -> int:

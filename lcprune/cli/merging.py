@@ -92,9 +92,9 @@ def _collapse(arguments: list[str]) -> None:
 def _say_what_is_passed_over(plan: Path, given: MergeHistory, cli: RecipeCLI) -> None:
     """Tells of a refit and an operator of the recipe that a plan, which has its own, does not run."""
     callback, passed_over = collapse_of(cli), []
-    operators = {from_spec(step.operator) for step in given.steps}
+    operators = [from_spec(step.operator) for step in given.steps]
     if cli.config.get("collapse.operator") is not None and callback.operator not in operators:
-        names = ", ".join(sorted(type(operator).__name__ for operator in operators))
+        names = ", ".join(dict.fromkeys(type(operator).__name__ for operator in operators))
         passed_over.append(f"it merges with {names}, and the recipe's {type(callback.operator).__name__} is not run")
     planned = [refits.from_spec(step.refit) for step in given.steps if step.refit is not None]
     if callback.refit is not None and callback.refit not in planned:

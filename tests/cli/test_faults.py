@@ -15,7 +15,7 @@ from lcprune.distillation import storing
 from lcprune.distillation.checkpoint import read
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.storing import newest_whole
-from tests.cli.recipe import checkpointed
+from tests.cli.recipe import checkpointed, recipe, text_file, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -266,6 +266,31 @@ def test_full_disk_at_a_checkpoint_leaves_the_one_before(
     assert {path.name for path in folder.iterdir()} == {"step=1.ckpt", "step=2.ckpt", "last.ckpt"}
     assert newest_whole(folder)[1] == []
     assert read(folder / "last.ckpt").history.depth == 5
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_sigterm_in_an_export_leaves_nothing_behind(
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+):
+    config = str(write(tmp_path, recipe(tiny_folder, text_file(tmp_path), tmp_path / "run")))
+    before = sorted(tmp_path.rglob("*"))
+    written: list[Path] = []
+
+    def write_account(folder: Path, *given: object, **named: object) -> None:
+        written.extend(folder.glob("*.safetensors"))
+        _terminate()
+        _terminate()  # a second one breaks nothing off
+
+    monkeypatch.setattr("lcprune.delivery.export._write_account", write_account)
+    assert main(["collapse", "--config", config, "--out", str(tmp_path / "short"), *flags]) == 143
+    assert _said(capsys) == "lcprune: stopped by SIGTERM: run the command again."
+    assert written
+    assert sorted(tmp_path.rglob("*")) == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_loss_that_is_no_number_is_one_sentence_and_leaves_the_last_good_checkpoint(
