@@ -18,6 +18,9 @@ from lcprune.demo import DEMO, DEMO_NAME
 from lcprune.errors import InputError
 from lcprune.files import said
 
+ADAPTER = "adapter_config.json"
+"""Where there is one, transformers loads the model that it names instead of the folder's own."""
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -57,6 +60,11 @@ def resolve(model: str) -> str:
     if not (model.startswith((".", "~", os.sep)) or model.count(os.sep) > 1 or path.exists()):
         return model
     if not (path / "config.json").is_file():
+        if (path / ADAPTER).is_file():
+            raise InputError(
+                f"model {model!r} holds {ADAPTER}, so it is an adapter for another model: merge it into that one "
+                "(merge_and_unload, save_pretrained) and name the folder that this makes."
+            )
         found = "holds no config.json" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
         raise InputError(
             f"model {model!r} looks like a local path but {found}: name a folder written by save_pretrained, "

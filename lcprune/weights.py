@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcprune.errors import InputError, reason
 from lcprune.identity import check_exported
-from lcprune.models import read_config, resolve
+from lcprune.models import ADAPTER, read_config, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +28,6 @@ INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000
 """Bytes, as in safetensors."""
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in a header
-ADAPTER = "adapter_config.json"
-"""Where there is one, transformers loads the model that it names instead of the folder's own."""
 
 
 def check(model: str, named: str = "model.teacher") -> None:

@@ -34,6 +34,12 @@ def test_path_without_a_model_is_refused(model: str, words: str, tmp_path: Path)
         models.resolve(model.format(tmp_path))
 
 
+def test_adapter_is_told_from_a_folder_without_a_model(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="is an adapter for another model: merge it into that one"):
+        models.resolve(str(tmp_path))
+
+
 def test_config_and_tokenizer_are_read_from_a_folder(tiny_folder: Path):
     assert models.read_config(str(tiny_folder)).model_type == "llama"
     assert models.load_tokenizer(str(tiny_folder)).eos_token == "<eos>"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcprune import weights
+from lcprune import models, weights
 from lcprune.cli import main
 from lcprune.distillation.teacher import load
 from lcprune.errors import InputError
@@ -89,7 +89,10 @@ def indexed(names: object) -> Callable[[Path], object]:
         (lambda folder: (folder / weights.ONE_FILE).rename(folder / "pytorch_model.bin"), "save it with save_pretrain"),
         (lambda folder: (folder / weights.ONE_FILE).unlink(), "neither model.safetensors nor"),
         (lambda folder: (folder / weights.ONE_FILE).write_bytes(b"x" * 99), "no whole safetensors file"),
-        (lambda folder: (folder / weights.ADAPTER).write_text('{"base_model_name_or_path": "/etc"}'), "is an adapter"),
+        (
+            lambda folder: (folder / models.ADAPTER).write_text('{"base_model_name_or_path": "/etc"}'),
+            "is an adapter",
+        ),
         (indexed({"x": "../outside.safetensors"}), r"names '\.\./outside\.safetensors', no safetensors file beside it"),
         (indexed({"x": "/outside.safetensors"}), "names '/outside.safetensors', no safetensors file beside it"),
         (indexed({"x": "..\\outside.bin"}), "no safetensors file beside it"),
