@@ -1,6 +1,7 @@
 """`collapse`: the recipe's planner and operator at once, without training."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from lcprune.delivery.export import check_target, export
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
 from lcprune.files import check_file, write_text
-from lcprune.merging import collapse
+from lcprune.merging import collapse, rounding
 from lcprune.merging import refit as refits
 from lcprune.merging.activity import KnownActivity
 from lcprune.merging.budget import on_meta
+from lcprune.merging.calibration import Batch
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.operators import from_spec
 
@@ -72,6 +74,7 @@ def _collapse(arguments: list[str]) -> None:
     if own.stream:
         streaming.collapse(own, cli, given, goal)
         return
+    stored = None if own.plan_only else streaming.originals(own, cli)
     model = options.load_model(own, cli)
     known = KnownActivity()
     if given is None:
@@ -84,7 +87,11 @@ def _collapse(arguments: list[str]) -> None:
         print(budgets.outcome(history, cli, budget))
         print(f"{own.out}: edit it and run `lcprune collapse ... --plan {own.out} --out FOLDER`")
         return
-    _deliver(model, history, cli, own.out, known)
+    with bars.shown():
+        collapse.execute(model, history, _text(history, cli), known=known)
+    if stored is not None:
+        rounding.restore(model, stored, history.lineage)
+    _deliver(model, history, cli, own.out)
     print(budgets.outcome(history, cli, budget, own.out))
     print(f"student: {own.out}")
 
@@ -121,13 +128,14 @@ def _plan(model: PreTrainedModel, cli: RecipeCLI, goal: budgets.Goal, known: Kno
     return history
 
 
-def _deliver(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI, out: Path, known: KnownActivity) -> None:
-    """Merges and exports."""
+def _text(history: MergeHistory, cli: RecipeCLI) -> Sequence[Batch]:
+    """What its steps look at."""
     needs_text = any(step.refit is not None or from_spec(step.operator).needs_activity for step in history.steps)
-    batches = cli.datamodule.calibration_batches() if needs_text else ()
-    with bars.shown():
-        collapse.execute(model, history, batches, known=known)
-    streaming.unround(model, history, cli)
+    return cli.datamodule.calibration_batches() if needs_text else ()
+
+
+def _deliver(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI, out: Path) -> None:
+    """Exports, in the dtype of the original."""
     cast(model, stored_dtype(cli.model.teacher_config))
     export(
         model,

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import PreTrainedModel
 
 from lcprune import models, weights
 from lcprune.cli import bars, budgets, tables
@@ -21,6 +20,7 @@ from lcprune.files import write_text
 from lcprune.merging import rounding
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.streaming import (
+    NotByLayers,
     StoredModel,
     StreamedCalibration,
     check_operator,
@@ -106,24 +106,25 @@ def weights_folder(name: str) -> Path:
         ) from error
 
 
-def unround(model: PreTrainedModel, history: MergeHistory, cli: RecipeCLI) -> None:
-    """Gives a student that was merged in fewer bits than its original has the original's bits where it can.
+def originals(own: argparse.Namespace, cli: RecipeCLI) -> StoredModel | None:
+    """The original's own weights, for a student that is merged in fewer bits; None where no bits are lost.
 
-    Where the files hold the weights in another arrangement or by other names than the model does (experts, GPT-NeoX
-    with a head of its own), it says that it cannot.
+    None, too, where the files hold the weights in another arrangement or by other names than the model does (experts,
+    GPT-NeoX with a head of its own): then it says, before anything is loaded, that all of the student will be rounded.
     """
-    loaded, exact = model.dtype, stored_dtype(cli.model.teacher_config)
+    loaded = getattr(torch, own.dtype or cli.model.weights_dtype)
+    exact = stored_dtype(cli.model.teacher_config)
     if not rounding.loses_bits(loaded, exact):
-        return
+        return None
     try:
-        stored = StoredModel(cli.model.teacher_config, weights_folder(cli.model.teacher_name), dtype=exact)
+        return StoredModel(cli.model.teacher_config, weights_folder(cli.model.teacher_name), dtype=exact)
     except InputError as error:
+        why = f"{error.reason}." if isinstance(error, NotByLayers) else str(error)
         print(
-            f"lcprune: all weights of the student are rounded to {loaded}, without --dtype none is: {error}",
+            f"lcprune: all weights of the student will be rounded to {loaded}, without --dtype none is: {why}",
             file=sys.stderr,
         )
-        return
-    rounding.restore(model, stored, history.lineage)
+        return None
 
 
 def _check_refit(callback: ProgressiveCollapse) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from lcprune.models import load_tokenizer
 
 SENTENCEPIECE = "tokenizer.model"
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -40,7 +42,7 @@ def inherit(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         shutil.copyfile(file, folder / file.name)
     vocabulary = _sentencepiece(tokenizer.name_or_path, teacher)
     # Tokens that were added to it since are not in that file.
-    if vocabulary is not None and AutoTokenizer.from_pretrained(teacher).get_vocab() == tokenizer.get_vocab():
+    if vocabulary is not None and load_tokenizer(str(teacher)).get_vocab() == tokenizer.get_vocab():
         shutil.copyfile(vocabulary, folder / SENTENCEPIECE)
 
 

@@ -48,6 +48,14 @@ Member = int | tuple[MergeStep, tuple["Member", ...]]
 """Where a student's layer comes from: a layer of the original, or a merge of such."""
 
 
+class NotByLayers(InputError):
+    """The files hold a model otherwise than layer by layer."""
+
+    def __init__(self, reason: str, way_out: str) -> None:
+        super().__init__(f"{reason}: {way_out}.")
+        self.reason = reason
+
+
 class StoredModel:
     """A causal LM whose weights stay in the safetensors files they are in."""
 
@@ -355,10 +363,11 @@ def _places(model: PreTrainedModel, shards: Shards) -> dict[str, str]:
         _check_tied(shards, found)
     if missing or wrong:
         problem = f"not under its name: {missing[0]}" if missing else f"of another shape: {wrong[0]}"
-        raise InputError(
+        raise NotByLayers(
             f"The files in {shards.folder} do not hold what transformers' {type(model).__name__} is made of, "
             f"{len(missing or wrong)} tensors are {problem}: a model whose weights are renamed or fused when they are "
-            "loaded cannot be read layer by layer, leave --stream out."
+            "loaded cannot be read layer by layer",
+            "leave --stream out",
         )
     return places
 
@@ -376,7 +385,8 @@ def _check_tied(shards: Shards, names: Sequence[str]) -> None:
     for other in names[1:]:
         pairs = zip_longest(shards.pieces(names[0]), shards.pieces(other))
         if not all(left is not None and right is not None and torch.equal(left, right) for left, right in pairs):
-            raise InputError(
+            raise NotByLayers(
                 f"The config in {shards.folder} ties {names[0]} and {other}, but the files hold different values for "
-                "them: set tie_word_embeddings to false in its config.json, or leave --stream out."
+                "them",
+                "set tie_word_embeddings to false in its config.json, or leave --stream out",
             )

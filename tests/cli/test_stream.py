@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lcprune.cli import main
+from lcprune.cli import main, options
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.shards import ShardWriter
 from tests.benchmarks.stream import Size, save_large
@@ -86,13 +86,25 @@ def test_stream_that_leaves_half_precision_is_one_sentence(
 
 
 def test_experts_that_cannot_be_read_one_by_one_are_said_to_be_rounded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     model = save_tiny(tmp_path / "model", tiny_llama(model_type="mixtral"))
     out = tmp_path / "out"
     config = changed(tmp_path, model)
+    said: list[str] = []
+    load = options.load_model
+
+    def load_model(*given: object) -> object:
+        said.append(capsys.readouterr().err)
+        return load(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(options, "load_model", load_model)
     assert main(["collapse", "--config", config, "--dtype", "bfloat16", "--out", str(out)]) == 0
-    assert "all weights of the student are rounded to torch.bfloat16" in capsys.readouterr().err
+    lines = [line for line in said[0].splitlines() if line.startswith("lcprune: ")]
+    assert len(lines) == 1
+    assert "all weights of the student will be rounded to torch.bfloat16, without --dtype none is: " in lines[0]
+    assert lines[0].endswith("cannot be read layer by layer.")
+    assert "all weights" not in capsys.readouterr().err
     assert (out / "config.json").is_file()
 
 
