@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
     # A file may import the files before it in its own room. The planners' searches need surgery.trial.
     "merging": "checks depths progress double lineage specs families architectures activity packed storages "
-    "calibration streams remeasure regression observation projection prefix operators concat surgery criteria gradients "
-    "planners progressive greedy refit search budget within collapse shards streaming rounding heatmaps",
+    "calibration streams remeasure regression observation projection prefix operators concat surgery criteria "
+    "gradients planners progressive greedy refit search budget within collapse shards streaming rounding heatmaps",
     "distillation": "schedules triggers standing stages accumulation strategies randomness storing boundary faults "
     "signals stepping divergences buckets head rows fused losses metrics levels kernels trained passes "
     "quantized adapters teacher fingerprint beginning tracing pair footprint phases beforehand objectives evaluated "
