@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -113,6 +113,8 @@ class RecipeCLI(LightningCLI):
         recipe_files.check_all(arguments)
         if not run:
             arguments = recipe_files.without_fit(arguments)
+        # To read what stands below the fields of classes takes a second, and nothing but help shows it.
+        set_parsing_settings(docstring_parse_attribute_docstrings=any(map(_shows_help, arguments)))
         with _argv(arguments):
             super().__init__(
                 DistillationModule,
@@ -348,6 +350,11 @@ def run(command: str, arguments: list[str]) -> None:
 def collapse_of(cli: RecipeCLI) -> ProgressiveCollapse:
     """The recipe's ProgressiveCollapse."""
     return next(callback for callback in cli.trainer.callbacks if isinstance(callback, ProgressiveCollapse))  # type: ignore[attr-defined]
+
+
+def _shows_help(argument: str) -> bool:
+    name = argument.partition("=")[0]
+    return name in ("-h", "--help", "--print_config") or name.endswith(".help")
 
 
 @contextmanager
