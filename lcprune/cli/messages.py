@@ -9,7 +9,7 @@ from typing import get_args
 
 import lcprune
 from lcprune import files
-from lcprune.cli import recipes
+from lcprune.cli import named, recipes
 from lcprune.errors import InputError
 
 _UNKNOWN = re.compile(r"(?:[Oo]ption '([\w.\-]+)'|unrecognized arguments: --([\w.\-]+))")
@@ -23,6 +23,8 @@ _NO_CLASS = re.compile(
 _NO_CLASS_UNNAMED = re.compile(
     r"Import path does not correspond|expects a function or a callable class|Not a valid subclass of"
 )
+_ABSTRACT = re.compile(r"Expected an instantiatable class, but ?([\w.]*) is abstract")
+_NOTHING = re.compile(r"Not a valid subclass of (\w+)\n(?s:.*)Given value: \{\}")
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
 
 
@@ -60,6 +62,10 @@ def one_sentence(message: str, settings: Iterable[str] = ()) -> str:
     causes = _causes(message)
     given = next((match[2] for cause in causes if (match := _EXPECTED.search(cause)) and match[2]), None)
     given = given or next(iter(re.findall(r"(?:Given|Got) value: (.*)", message)), None)
+    if (match := _ABSTRACT.search(message) or _NOTHING.search(message)) and (
+        sentence := named.nameless(key, match[1] or str(given))
+    ):
+        return sentence
     expected = [plain(match[1]) for cause in causes if (match := _EXPECTED.search(cause))]
     expected = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
     numbers = [kind for kind in expected if kind in ("a number", "a whole number")]

@@ -10,6 +10,7 @@ be refused: it is how classes of the user's own are found.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
+from inspect import isabstract
 from pkgutil import resolve_name
 
 from jsonargparse import Namespace
@@ -33,7 +34,7 @@ from lcprune.merging.planners import Planner
 from lcprune.merging.refit import Refit
 
 KINDS: tuple[type, ...] = (Schedule, Planner, Criterion, Operator, Refit, Level)
-"""Ours, of which a recipe names a subclass: an empty mapping would be taken for the kind itself."""
+"""Ours, of which a recipe names a class that is not abstract."""
 FAMILIES: tuple[type, ...] = (
     *KINDS,
     *(Optimizer, LRScheduler, LightningDataModule),
@@ -79,10 +80,30 @@ def _check_class(key: str, path: str) -> None:
         raise _refused(key, path) from None
     if not isinstance(named, type) or not (issubclass(named, FAMILIES) or is_dataclass(named)):
         raise _refused(key, path)
-    if named in KINDS:
-        known = [one for one in (getattr(lcprune, name) for name in lcprune.__all__) if isinstance(one, type)]
-        classes = ", ".join(sorted(one.__name__ for one in known if issubclass(one, named) and one is not named))
-        raise InputError(f"{key} names no class: give one of {classes}.")
+    if isabstract(named) and (sentence := nameless(key, path)):
+        raise InputError(sentence)
+
+
+def nameless(key: str, name: str) -> str | None:
+    """What to say of a setting that names an abstract class: those that would do; None = it is no kind of ours.
+
+    Args:
+        key: The setting.
+        name: The class, with or without its package.
+    """
+    ours = [one for one in (getattr(lcprune, name) for name in lcprune.__all__) if isinstance(one, type)]
+    for kind in KINDS:
+        if name.rpartition(".")[2] in (one.__name__ for one in _family(kind)):
+            classes = sorted(one.__name__ for one in ours if issubclass(one, kind) and not isabstract(one))
+            return f"{key} names no class: give one of {', '.join(classes)}."
+    return None
+
+
+def _family(kind: type) -> Iterator[type]:
+    subclasses: list[type] = kind.__subclasses__()
+    yield kind
+    for one in subclasses:
+        yield from _family(one)
 
 
 def _refused(key: str, name: str) -> InputError:

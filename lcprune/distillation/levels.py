@@ -8,6 +8,7 @@
 The levels together are hierarchical distillation as CoMe describes it (arXiv:2510.15304).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -18,10 +19,13 @@ from lcprune.errors import InputError
 LevelT = TypeVar("LevelT", bound="Level")
 
 
-class Level:
+class Level(ABC):
     """One term of the objective. Subclasses are frozen dataclasses with a `weight`."""
 
-    weight: float
+    @property
+    @abstractmethod
+    def weight(self) -> float:
+        """Factor of this term."""
 
 
 @dataclass(frozen=True)

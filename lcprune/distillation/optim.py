@@ -7,6 +7,7 @@ bias correction starts afresh too; it is not removed, because a missing state ca
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -118,7 +119,7 @@ def _changes(was: Mapping[str, object], asked: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value} (was {was[name]})" for name, value in asked.items() if was[name] != value)
 
 
-class Rewarming(LambdaLR):
+class Rewarming(LambdaLR, ABC):
     """A learning rate that warms up, follows a curve, and warms up again for a short while after every merge.
 
     Args:
@@ -127,6 +128,7 @@ class Rewarming(LambdaLR):
         last_epoch: As in torch's schedulers.
     """
 
+    @abstractmethod
     def __init__(self, optimizer: Optimizer, curve: "_Curve", last_epoch: int = -1) -> None:
         wrong = curve.mistakes()
         if wrong:
@@ -225,7 +227,7 @@ class RewarmingWSD(Rewarming):
         super().__init__(optimizer, _StableDecay(warmup_steps, rewarm_steps, floor, total_steps, decay), last_epoch)
 
 
-class _Curve:
+class _Curve(ABC):
     """The multiplier as a callable object: LambdaLR saves and restores its attributes with a checkpoint."""
 
     def __init__(self, warmup_steps: int, rewarm_steps: int, floor: float, total_steps: int | None) -> None:
@@ -260,9 +262,9 @@ class _Curve:
             factor *= min(1.0, (step - self.restarts[-1] + 1) / (self.rewarm_steps + 1))
         return factor
 
+    @abstractmethod
     def height(self, step: int, total: int) -> float:
         """How far above the floor, from 1 down to 0, behind the warm-up."""
-        raise NotImplementedError
 
 
 class _Cosine(_Curve):

@@ -9,6 +9,7 @@ so nothing needs to be remembered for a resume:
 Here they are counted in optimizer steps; triggers.py has those that look at something else.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 from math import inf
@@ -48,7 +49,7 @@ class Facts:
     """Validation perplexities since then, or since a merge was last tried."""
 
 
-class Schedule:
+class Schedule(ABC):
     """When to merge down to which depth. Subclasses are frozen dataclasses with a `milestones` method."""
 
     unit: ClassVar[str] = "step"
@@ -56,9 +57,9 @@ class Schedule:
     by_validation: ClassVar[bool] = False
     """Whether it looks at validation perplexities."""
 
+    @abstractmethod
     def milestones(self, depth: int) -> tuple[Milestone, ...]:
         """All milestones of a run that starts with `depth` layers, in order."""
-        raise NotImplementedError
 
     def deadlines(self, depth: int) -> tuple[Deadline, ...]:
         """By which optimizer step each depth is reached at the latest, for a run that starts with `depth` layers."""

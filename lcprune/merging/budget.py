@@ -12,6 +12,7 @@ The last is measured plan by plan, see within.py.
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
@@ -36,9 +37,10 @@ FILE_OVERHEAD = 256
 """Bytes per tensor that a safetensors file and its index may need for the tensor's name, type, shape and place."""
 
 
-class Budget:
+class Budget(ABC):
     """How much of a model may remain. Subclasses are frozen dataclasses with a `depth` method."""
 
+    @abstractmethod
     def depth(self, model: PreTrainedModel) -> int | None:
         """How many layers keep to the budget, from shapes alone; None where only measuring tells.
 
@@ -48,7 +50,6 @@ class Budget:
         Raises:
             InputError: If no depth keeps to the budget, or the model does already.
         """
-        raise NotImplementedError
 
     def check_reached(self, planner: Planner, reached: int, wanted: int) -> None:
         """Raises InputError if a plan ends before the budget is kept."""

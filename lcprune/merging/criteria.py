@@ -10,6 +10,7 @@ The first two read one pass of statistics; the last two try every layer out. Ave
 padding left out. Cosines alone are poor judges: look at a loss beside them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import exp, isnan
@@ -28,12 +29,12 @@ SAFEST = 5
 """How many layers a table or a picture of scores marks."""
 
 
-class Criterion:
+class Criterion(ABC):
     """Scores every layer of a model; subclasses are frozen dataclasses with a `score` method."""
 
+    @abstractmethod
     def score(self, calibration: Calibration) -> tuple[float, ...]:
         """One score per layer, in order; lower = safer to merge."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class AngularDistance(Criterion):
 class TrialCriterion(Criterion):
     """Judges a whole model by its last states, and a layer by the model without it."""
 
+    @abstractmethod
     def measure(self, calibration: Calibration, states: Iterable[Tensor]) -> float:
         """The figure for a candidate.
 
@@ -85,7 +87,6 @@ class TrialCriterion(Criterion):
             calibration: Text and original model.
             states: The candidate's last states [B, T, D] after the final norm, batch by batch.
         """
-        raise NotImplementedError
 
     def score(self, calibration: Calibration) -> tuple[float, ...]:
         """The figure of the model without each layer in turn; earlier layers are not run again."""

@@ -13,6 +13,7 @@ parameter of member k, theta_0 of the base.
 base are kept, as LaCo does.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -29,7 +30,7 @@ LayerTensors = Mapping[str, Tensor]
 """A layer's parameters by their names inside the layer."""
 
 
-class Operator:
+class Operator(ABC):
     """k layers in, one layer out. Subclasses are frozen dataclasses with a `merge` method."""
 
     elementwise: ClassVar[bool] = False
@@ -48,6 +49,7 @@ class Operator:
         """
         return max(range(len(shares)), key=lambda k: (shares[k], -k))
 
+    @abstractmethod
     def merge(
         self,
         members: Sequence[LayerTensors],
@@ -63,7 +65,6 @@ class Operator:
             layout: The family's record.
             activity: One per member, where `needs_activity`; else empty.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

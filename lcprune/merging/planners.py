@@ -10,6 +10,7 @@ merges out on the model and always gives it back bit for bit. A layer that "goes
 it, so that the lineage says which teacher state the survivor has to reach; with `Drop` the survivor's weights stay.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from lcprune.merging.progress import track
 from lcprune.merging.remeasure import measure_activity
 
 
-class Planner:
+class Planner(ABC):
     """From a model and a target depth to merge steps. Subclasses are frozen dataclasses with a `plan` method."""
 
     nested: ClassVar[bool] = False
@@ -49,6 +50,7 @@ class Planner:
     def check_text(self, batches: Sequence[Batch]) -> None:
         """Raises InputError for calibration text that this planner can do nothing with."""
 
+    @abstractmethod
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """The steps that take the model from its depth to `target` layers, or as near as the method allows.
 
@@ -57,7 +59,6 @@ class Planner:
             operator: How a group will be merged.
             target: Number of layers wanted.
         """
-        raise NotImplementedError
 
     def foresee(self, lineage: Lineage, target: int) -> Lineage | None:
         """What `plan` will lead to, where that is known without a model; None = it is not.
@@ -74,13 +75,13 @@ class StepwisePlanner(Planner):
 
     nested: ClassVar[bool] = True
 
+    @abstractmethod
     def steps(self, calibration: Calibration, operator: Operator, target: int) -> Generator[MergeStep, None, None]:
         """The steps as they are found, arguments as for `plan`.
 
         Whenever it has handed out a step, the model has all steps so far, for whoever wants to measure it; the model
         is as it was once the generator is exhausted or closed.
         """
-        raise NotImplementedError
 
     def plan(self, calibration: Calibration, operator: Operator, target: int) -> tuple[MergeStep, ...]:
         """All steps down to the target."""

@@ -13,6 +13,7 @@ Legend: `B` batch, `T` tokens, `N` tokens of all sequences, `I` inputs of a proj
 """
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -33,7 +34,7 @@ from lcprune.merging.regression import token_weights
 from lcprune.merging.streams import Stream
 
 
-class Refit:
+class Refit(ABC):
     """Repairs a merged student without training. Subclasses are frozen dataclasses with a `refit` method."""
 
     def check(self, layout: LayerLayout) -> None:
@@ -42,6 +43,7 @@ class Refit:
     def check_text(self, batches: Sequence[Batch]) -> None:
         """Raises InputError for calibration text that this refit can do nothing with."""
 
+    @abstractmethod
     def refit(self, student: Stream, teacher: Stream, lineage: Lineage, merged: Sequence[int]) -> None:
         """Changes the student's weights in place; every changed Parameter gets new storage.
 
@@ -51,7 +53,6 @@ class Refit:
             lineage: Teacher layers of every student layer.
             merged: Student layers that the merges just made, in order.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

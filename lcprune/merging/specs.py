@@ -7,6 +7,7 @@ program has imported by itself: nothing is imported because a plan says so.
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from inspect import isabstract
 from typing import TypeVar
 
 from lcprune.errors import InputError
@@ -76,7 +77,7 @@ def _kind(family: type[Member], class_path: str) -> type[Member]:
     module, _, name = class_path.rpartition(".")
     ours = {sub.__name__: sub for sub in family.__subclasses__() if sub.__module__.startswith("lcprune.")}
     kind = ours.get(name) if module in ("", "lcprune") else getattr(sys.modules.get(module), name, None)
-    if is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, family) and kind is not family:
+    if is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, family) and not isabstract(kind):
         return kind
     word = family.__name__.lower()
     foreign = module not in sys.modules and all(map(str.isidentifier, module.split(".")))

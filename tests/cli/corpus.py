@@ -86,6 +86,18 @@ RECIPES: dict[str, tuple[dict[str, object], Parts]] = {
     "null for a whole number": ({"data__block_size": None}, ("data.block_size=null must be a whole number", "512")),
     "null for a choice": ({"model__train": None}, ("model.train=null must be one of all, layers",)),
     "no class for a schedule": ({"collapse__schedule": {}}, ("collapse.schedule names no class", "AtSteps, ByTokens")),
+    "abstract class for a schedule": (
+        {"collapse__schedule": "StepSchedule"},
+        ("collapse.schedule names no class: give one of AtSteps, ByTokens, Evenly, EveryNSteps, WhenRecovered.",),
+    ),
+    "abstract class for an operator": (
+        {"collapse__operator": "lcprune.Operator"},
+        ("collapse.operator names no class: give one of Concat, Drop, Rdsc",),
+    ),
+    "abstract class for a criterion": (
+        {"collapse__planner": {"class_path": "OneShotRanking", "init_args": {"criterion": "TrialCriterion"}}},
+        ("collapse.planner", "criterion names no class: give one of AngularDistance,"),
+    ),
     "no class for a planner": ({"collapse__planner": {}}, ("collapse.planner names no class", "OneShotRanking")),
     "null for a name": ({"model__teacher": None}, ("model.teacher=None must be text",)),
     "empty name": ({"model__teacher": ""}, ("data.tokenizer is empty", "hub model", "demo:smollm2")),

@@ -1,6 +1,8 @@
 """What `--help` says of lcprune's own settings and classes."""
 
 import re
+from inspect import isabstract
+from pkgutil import resolve_name
 
 import pytest
 
@@ -57,3 +59,10 @@ def test_class_help_explains_every_field(key: str, name: str, capsys: pytest.Cap
     options = _shown(["fit", f"--{key}.help", *([name] if name else [])], capsys)
     assert options
     assert _wordless(options) == []
+
+
+def test_fit_help_offers_no_class_that_is_abstract(capsys: pytest.CaptureFixture[str]):
+    text = " ".join(_shown(["fit", "--help"], capsys).values())
+    offered = re.findall(r"lcprune\.[\w.]+\b(?=[,)])", text)
+    assert {"lcprune.Evenly", "lcprune.Drop", "lcprune.Logits", "lcprune.RewarmingCosine"} <= set(offered)
+    assert [name for name in offered if isabstract(resolve_name(name))] == []

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
-from lcprune.merging.architectures import layout_of
+from lcprune.merging.activity import Activity
+from lcprune.merging.architectures import LayerLayout, layout_of
 from lcprune.merging.operators import (
     Drop,
     Operator,
@@ -189,6 +191,16 @@ class Mine(Operator):
     """An operator of a module that the program has imported."""
 
     strength: float = 1.0
+
+    def merge(
+        self,
+        members: Sequence[Tensors],
+        shares: Sequence[float],
+        layout: LayerLayout,
+        activity: Sequence[Activity] = (),
+    ) -> Tensors:
+        """The first member, weaker or stronger."""
+        return {name: self.strength * tensor for name, tensor in members[0].items()}
 
 
 def test_operator_of_an_imported_module_is_found(monkeypatch: pytest.MonkeyPatch):
