@@ -23,30 +23,30 @@ HELP = f"""lcprune {__version__}: a causal LM 20-50 % shorter, taught by the ori
 usage: lcprune COMMAND [--config RECIPE.yaml ...] [--help]
 
 with training (Lightning's own commands):
-  fit        merge layers while the student trains, then export it
-  validate   perplexity and agreement with the teacher on the validation text
+  fit        merges layers while the student trains, then exports it
+  validate   measures perplexity and agreement with the teacher on the validation text
   test       the same on a data module's test text (ours: the held-out text), logged as test/...
-  predict    let the student continue held-out text; writes predictions.jsonl
+  predict    lets the student continue held-out text; writes predictions.jsonl
 
-before it:
-  plan       what a recipe would do: depth, parameters, memory, work; nothing is loaded
-  data       which tokens of the recipe's text are learned, in colour, and how many
-  score      every criterion over every layer
-  cache      what the teacher says about the training text, stored once; fit then looks it up
+before training:
+  plan       shows what a recipe would do: depth, parameters, memory, work; nothing is loaded
+  data       shows which tokens of the recipe's text are learned, in colour, and how many
+  score      scores every layer by every criterion
+  cache      stores what the teacher says about the training text, once; fit then looks it up
 
-without it:
-  collapse   plan, merge, export; --plan-only prints the plan, --plan FILE executes an edited one
+without training:
+  collapse   plans, merges, exports; --plan-only prints the plan, --plan FILE executes an edited one
   collapse-checkpoint
-             merge in a checkpoint, between two runs of fit that cannot merge themselves
+             merges layers in a checkpoint, between two runs of fit that cannot merge themselves
 
-after it:
-  evaluate   a model beside its teacher: tasks, text, agreement, repetition, speed, memory
-  report     one run or several as one HTML file: family tree, curves, similarities, generated text
-  export     a checkpoint becomes a Hugging Face folder; --push-to-hub, --gguf
+after training:
+  evaluate   measures a model beside its teacher: tasks, text, agreement, repetition, speed, memory
+  report     shows one run or several in one HTML file: family tree, curves, similarities, generated text
+  export     turns a checkpoint into a Hugging Face folder; --push-to-hub, --gguf
 
-beside it:
-  recipes    lists the recipes that come with lcprune; recipes copy NAME hands one out
-  completion what a shell needs to complete all of this
+besides:
+  recipes    lists the recipes that come with lcprune; recipes copy NAME copies one
+  completion prints a script that lets your shell complete all of this
 
 start here:
   lcprune fit --config recipes/quickstart.yaml

@@ -42,23 +42,23 @@ OPTIONS: tuple[Option, ...] = (
     (
         "--target-depth",
         _layers,
-        "So many layers remain, or such a share of them as 75%%, to the nearest whole one. Without any of these four: "
-        "where the recipe's schedule ends.",
+        "Number of layers to keep, or a share of them such as 75%%, to the nearest whole one; default, if no target is "
+        "given: where the recipe's schedule ends.",
     ),
     (
         "--target-params",
         str,
-        "At most so many parameters remain, such as 100M (K, M, B or T); a tied head counts once.",
+        "Number of parameters to keep at most, such as 100M (K, M, B or T); a tied head counts once.",
     ),
     (
         "--target-size",
         str,
-        "At most so many bytes of weights on disk, such as 200MB or 190MiB, in the dtype that the original has there.",
+        "Size of the weights on disk at most, such as 200MB or 190MiB, in the dtype that the original has there.",
     ),
     (
         "--max-perplexity-ratio",
         _ratio,
-        "As short as the perplexity on the calibration text stays below this multiple of the original's, such as 1.3; "
+        "Become as short as this multiple of the original's perplexity on the calibration text allows, such as 1.3; "
         "plans are tried out, which takes longer.",
     ),
 )

@@ -55,11 +55,16 @@ def run(command: str, arguments: list[str]) -> None:
         "--config RECIPE.yaml --out FOLDER",
         arguments,
         ("--out", Path, "Folder for the cache; default: the recipe's model.teacher_cache."),
-        ("--top-k", int, f"How many of the likeliest tokens are kept at every place; default: {TOP_K}."),
+        ("--top-k", int, f"How many of the likeliest tokens are kept for every token of the text; default: {TOP_K}."),
         ("--states", bool, "Keep the residual stream too, where the recipe's Boundary and Local need it."),
-        ("--layers", _layers, "Keep it behind these teacher layers, such as 3,7; with --states behind those as well."),
-        options.LOADING[0],
-        ("--dtype", str, "float32, bfloat16 or float16: what the teacher computes in; default: as in fit."),
+        (
+            "--layers",
+            _layers,
+            "Keep the residual stream behind these teacher layers, such as 3,7 (beside those of --states).",
+        ),
+        options.DEVICE,
+        options.dtype("what the teacher computes in; default: as in fit."),
+        about="Runs the teacher once over the recipe's training text and stores what it says, for fit to look up.",
         examples=EXAMPLES,
     )
     options.check_loading(own)

@@ -1,4 +1,4 @@
-"""`export`: a checkpoint becomes a Hugging Face folder; a folder goes to the hub, or becomes a GGUF file.
+"""`export`: turns a checkpoint into a Hugging Face folder; uploads a folder to the hub, or makes a GGUF file of it.
 
 What could fail at the end (a name, a login, a converter) is looked at before anything is read.
 """
@@ -58,11 +58,11 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "source", type=Path, help="A .ckpt that lcprune fit wrote, an exported folder, or a run folder."
     )
-    parser.add_argument("--out", type=Path, help="Folder for the student of a checkpoint.")
-    parser.add_argument("--teacher", help="Where the teacher of a checkpoint is now; default: where it was.")
+    parser.add_argument("--out", type=Path, help="Folder for the student in the checkpoint.")
+    parser.add_argument("--teacher", help="Where the checkpoint's teacher is now; default: where it was.")
     parser.add_argument("--push-to-hub", metavar="NAME", help="Upload the folder as owner/name.")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="Make a .gguf file of the folder.")
-    parser.add_argument("--gguf-type", default=gguf.TYPES[0], help=f"{', '.join(gguf.TYPES)}: of its weights.")
+    parser.add_argument("--gguf-type", default=gguf.TYPES[0], help=f"Weight type in the file: {', '.join(gguf.TYPES)}.")
     return parser
 
 

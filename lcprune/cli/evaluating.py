@@ -1,4 +1,4 @@
-"""`evaluate`: a model beside its teacher, on tasks, on text, in what it writes, in speed and memory.
+"""`evaluate`: measures a model beside its teacher, on tasks, on text, in what it writes, in speed and memory.
 
     names -> subjects -> texts, questions        looked over, nothing heavy yet
                       -> weights -> measurements -> table, evaluation.json, model card
@@ -70,23 +70,28 @@ def _tell_card(job: Job, evaluation: Evaluation) -> None:
 
 def _parser() -> CommandParser:
     parser = CommandParser("evaluate", str(__doc__).partition("\n")[0], EXAMPLES, USAGE)
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="A run folder, a model's folder or a name.")
-    parser.add_argument("--teacher", help="What to compare with; default: by the model's history.json; none = nothing.")
-    parser.add_argument("--tasks", help="Names with commas: files of --task-folder, else tasks of lm-eval.")
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="A run folder, a model's folder, or a model's name.")
     parser.add_argument(
-        "--task-folder", type=Path, help="Of NAME.jsonl (all of them without --tasks) and of lm-eval's YAML files."
+        "--teacher",
+        help="Model to compare with, or none; default: the one that the model's history.json names.",
     )
-    parser.add_argument("--text", type=Path, help="Measure on all of this file; as data.path of a recipe.")
+    parser.add_argument("--tasks", help="Comma-separated names: files of --task-folder, else tasks of lm-eval.")
+    parser.add_argument(
+        "--task-folder",
+        type=Path,
+        help="Folder of NAME.jsonl files (without --tasks, all of them are run) and of lm-eval's YAML files.",
+    )
+    parser.add_argument("--text", type=Path, help="Measure on all of this file, read as a recipe's data.path.")
     parser.add_argument("--config", type=Path, help="Measure on this recipe's held-out text; default: the model's own.")
     parser.add_argument(
         "--limit",
         type=int,
-        help="At most so many questions of each task, and blocks of the text; the model card stays as it is.",
+        help="Number of questions per task and of blocks of text, at most; the model card stays as it is.",
     )
     parser.add_argument(
         "--device", help="cpu, cuda or cuda:1; default: what the recipe says, else cuda if there is one."
     )
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}, of both models; default: as the model is stored.")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}: both models' weights; default: as the model is stored.")
     parser.add_argument(
         "--out", type=Path, help=f"JSON file; default: {FILE} in the run's or the model's folder, and the model card."
     )

@@ -41,10 +41,15 @@ def _collapse(arguments: list[str]) -> None:
         arguments,
         ("--out", Path, "Folder for the shortened model."),
         *budgets.OPTIONS,
-        ("--plan", Path, "Execute this plan (JSON, as written before) instead of making one."),
-        ("--plan-only", bool, f"Print the plan as a table, write it as JSON (--out FILE, default {PLAN}), stop."),
+        ("--plan", Path, "Execute this plan (JSON, as --plan-only writes it) instead of making one."),
+        ("--plan-only", bool, f"Print the plan as a table, write it as JSON (--out FILE, default {PLAN}), and stop."),
         streaming.FLAG,
-        *options.LOADING,
+        options.DEVICE,
+        options.dtype(
+            "what the weights are held in while planning and merging; those that no merge and no refit changes are "
+            "written as the original has them (you are told where they cannot be); default: model.dtype of the recipe."
+        ),
+        about="Shortens the recipe's teacher without training: plans, merges, refits if the recipe asks, exports.",
         examples=budgets.EXAMPLES,
     )
     options.check_loading(own)

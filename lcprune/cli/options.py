@@ -1,4 +1,4 @@
-"""What `collapse` and `score` take beside the settings of a recipe; checked before weights are loaded."""
+"""The options that a command takes beside the settings of a recipe; checked before weights are loaded."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -18,22 +18,23 @@ from lcprune.errors import InputError
 Option: TypeAlias = "tuple[str, Callable[[str], object], str]"
 """Name, what makes its value of the text (`bool` = a flag without a value), and the line of help."""
 
-LOADING: tuple[Option, ...] = (
-    ("--device", str, "cpu, cuda or cuda:1; default: what trainer.accelerator says, cuda where there is one."),
-    (
-        "--dtype",
-        str,
-        f"{', '.join(DTYPES)}: of the weights while planning and merging, what no merge and no refit changes is "
-        "written as the original has it (it says where it cannot be); default: model.dtype of the recipe.",
-    ),
-)
-"""Options of every command that loads a model without training it."""
+DEVICE: Option = ("--device", str, "cpu, cuda or cuda:1; default: as trainer.accelerator says, cuda if there is one.")
+"""Of every command that loads a model without training it."""
 ALIKE = 0.8
 """From here on a name that is no option of the command counts as one misspelt, and not as a setting of the recipe."""
 
 
+def dtype(text: str) -> Option:
+    """The option --dtype of a command that loads a model.
+
+    Args:
+        text: What the command does in that type, and the default.
+    """
+    return "--dtype", str, f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}: {text}"
+
+
 def split(
-    command: str, usage: str, arguments: Sequence[str], *options: Option, examples: str = ""
+    command: str, usage: str, arguments: Sequence[str], *options: Option, about: str, examples: str
 ) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and what remains for the recipe's parser (--config, --data.path ...).
 
@@ -42,13 +43,15 @@ def split(
         usage: What a user types behind it, without the recipe's settings.
         arguments: What was typed behind it.
         options: Those of the command.
+        about: What the command does, in a sentence or two; lines as they are printed.
         examples: What --help ends with, printed as it stands.
 
     Raises:
         InputError: A value is not of its option's kind, or an option is misspelt.
     """
     usage = f"lcprune {command} {usage} [--model.KEY VALUE] [--data.KEY VALUE] ..."
-    parser = CommandParser(command, "The recipe's own keys: lcprune fit --help.", examples, usage)
+    about = f"{about}\n\nEvery setting of the recipe can be given as an option, too: lcprune fit --help lists them."
+    parser = CommandParser(command, about, examples, usage)
     for name, kind, text in options:
         if kind is bool:
             parser.add_argument(name, action="store_true", help=text)

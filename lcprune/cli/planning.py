@@ -41,7 +41,12 @@ def run(command: str, arguments: list[str]) -> None:
         "--config RECIPE.yaml",
         arguments,
         ("--json", bool, "Print one JSON object instead of tables."),
-        ("--tflops", _tflops, "10^12 operations per second that a device does in training: the time follows from it."),
+        (
+            "--tflops",
+            _tflops,
+            "10^12 operations per second that a device does in training; adds how long the run takes.",
+        ),
+        about="Shows what a recipe would do: depth over time, parameters, memory and work. No weights are loaded.",
         examples=EXAMPLES,
     )
     cli = StandIns(recipe_arguments)

@@ -40,7 +40,8 @@ def run(command: str, arguments: list[str]) -> None:
         command,
         "--config RECIPE.yaml",
         arguments,
-        ("--show", int, f"How many documents of the training part are shown; default: {SHOWN}."),
+        ("--show", int, f"Number of training documents to show; default: {SHOWN}."),
+        about="Shows which tokens of the recipe's text are learned, and counts them. No weights are loaded.",
         examples=EXAMPLES,
     )
     shown = SHOWN if own.show is None else own.show

@@ -1,7 +1,7 @@
-"""`report`: what became of one run or several, as one HTML file with its pictures beside it.
+"""`report`: shows what became of one run or several, in one HTML file with its pictures beside it.
 
-Everything on the disk costs nothing to show. Similarities and generated text need the weights of teacher and student:
-`--blocks` and `--samples` say how much of it there is to be, and with 0 for both no weights are loaded.
+What is on disk already costs nothing to show. Similarities and generated text need the weights of teacher and student:
+`--blocks` and `--samples` say how much of that to make; with 0 for both, no weights are loaded.
 """
 
 from argparse import Namespace
@@ -60,13 +60,16 @@ def run(command: str, arguments: list[str]) -> None:
 
 def _parser() -> CommandParser:
     parser = CommandParser("report", str(__doc__), EXAMPLES)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="Folder of lcprune fit or collapse.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="Folder that lcprune fit or collapse wrote.")
     parser.add_argument(
         "--out", type=Path, help="The HTML file; default: report.html in the folder of the (first) run."
     )
-    parser.add_argument("--samples", type=int, default=3, help="Texts that both models go on from; default 3.")
-    parser.add_argument("--blocks", type=int, default=4, help="Calibration blocks for similarities; default 4.")
-    for name, kind, text in options.LOADING:
+    parser.add_argument("--samples", type=int, default=3, help="Number of texts that both models continue; default: 3.")
+    parser.add_argument(
+        "--blocks", type=int, default=4, help="Number of calibration blocks for similarities; default: 4."
+    )
+    dtype = options.dtype("what both models are held in and compute in; default: model.dtype of the run's recipe.")
+    for name, kind, text in (options.DEVICE, dtype):
         parser.add_argument(name, type=kind, help=text)
     return parser
 

@@ -28,7 +28,9 @@ def run(command: str, arguments: list[str]) -> None:
         "--config RECIPE.yaml",
         arguments,
         ("--out", Path, "Folder for scores.json and scores.png, or a .json file for the scores without a picture."),
-        *options.LOADING,
+        options.DEVICE,
+        options.dtype("what the model is held in and computes in; default: model.dtype of the recipe."),
+        about="Scores every layer of the teacher by every criterion; lower = safer to merge. Merges nothing.",
         examples=EXAMPLES,
     )
     options.check_loading(own)

@@ -30,7 +30,11 @@ from lcprune.merging.streaming import (
 )
 from lcprune.weights import INDEX, ONE_FILE
 
-FLAG = ("--stream", bool, "Read and write the weights layer by layer: memory for a layer and the text's states.")
+FLAG = (
+    "--stream",
+    bool,
+    "Read and write the weights layer by layer: takes memory for a layer and the text's states.",
+)
 """The option of `collapse`."""
 
 

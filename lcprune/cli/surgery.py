@@ -61,7 +61,8 @@ def run(command: str, arguments: list[str]) -> None:
             Path,
             "Execute this plan (JSON, groups numbered as the student's layers stand) instead of making one.",
         ),
-        options.LOADING[0],
+        options.DEVICE,
+        about="Merges layers of the student in a checkpoint, between two runs of fit that cannot merge themselves.",
         examples=EXAMPLES,
     )
     if len(paths) != 2:

@@ -44,19 +44,19 @@ class Generate:
     """
 
     documents: int = 256
-    """Texts to write."""
+    """Number of texts to write."""
     tokens: int = 512
-    """Tokens the teacher writes in a text, at most; an opening of data.generate.prompts comes on top."""
+    """Tokens that the teacher writes in a text, at most; an opening of data.generate.prompts comes on top."""
     model: str | None = None
-    """Who writes: a local folder, a hub name or demo:smollm2; the teacher if null."""
+    """Model that writes: a local folder, a hub name or demo:smollm2; null = the teacher."""
     prompts: Path | None = None
     """A file whose lines (.txt) or rows (.jsonl, .json, .csv, .parquet: data.text_column) open the texts, in turn."""
     temperature: float = 1.0
-    """Divides the logits; 1 samples what the teacher believes, less is duller and more certain."""
+    """Divides the logits; 1 samples what the teacher believes, less makes it duller and more certain."""
     top_p: float = 1.0
-    """Only the likeliest tokens with this much probability together are drawn from; 1 for all."""
+    """Tokens are drawn from the likeliest with this much probability together; 1 = from all."""
     top_k: int = 0
-    """Only so many of the likeliest tokens are drawn from; 0 for all."""
+    """Tokens are drawn from only so many of the likeliest; 0 = from all."""
     batch_size: int = 32
     """Texts written at once: more is faster and takes more memory."""
     seed: int = 0

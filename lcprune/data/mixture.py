@@ -31,7 +31,7 @@ class Part:
     split: str = "train"
     """Its split."""
     weight: float = 1.0
-    """Share of the tokens, beside the other parts' weights."""
+    """Share of the tokens, relative to the other parts' weights."""
     text_column: str = TEXT
     """The column that holds text."""
     messages_column: str | None = None
@@ -39,7 +39,7 @@ class Part:
     prompt_column: str | None = None
     """The column that holds prompts."""
     response_column: str | None = None
-    """The column that holds what is to be said to them."""
+    """The column that holds the responses."""
 
     def __post_init__(self) -> None:
         if self.path is not None:

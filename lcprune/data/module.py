@@ -60,31 +60,31 @@ class TextDataModule(L.LightningDataModule):
         path: A local .jsonl, .json, .csv, .parquet or .txt file (one document a row; a .txt file is one document), or
             several of one kind: a list, a folder, or a pattern such as texts/*.jsonl; .gz and .zst may stand behind.
             Without path, dataset and generate, the text is the language reference inside Python (pydoc_data.topics).
-        validation_path: A file of the same kinds with the validation text; without it a part of the text is held out.
+        validation_path: The validation text, in a file of the same kinds; without it a part of the text is held out.
         dataset: Name of a data set on the Hugging Face hub.
         dataset_config: The data set's configuration, where it has several.
         split: The data set's split; slices such as train[:1%] work.
         generate: Lets the teacher write the text, once; it is kept in the user's cache folder.
-        mixture: Instead of one set several, each a path or a dataset with a weight, its share of the tokens.
-        streaming: Reads path or dataset bit by bit and over and over, for sets larger than the memory; needs
-            trainer.max_steps. What is validated on and planned by comes from the first window.
-        streaming_window: Rows that are in memory and shuffled at a time.
+        mixture: Several sets instead of one, each a path or a dataset with a weight, its share of the tokens.
+        streaming: Reads path or dataset piece by piece, over and over, for sets larger than the memory; needs
+            trainer.max_steps. Validation and calibration text come from the first window.
+        streaming_window: Number of rows that are in memory and shuffled at a time.
         text_column: The column that holds the text, in data.generate.prompts too.
         messages_column: The column that holds conversations, lists of {role, content}; without it columns are found
             by their usual names (messages; prompt and response), unless there is one of text.
-        prompt_column: The column that holds prompts; with response_column.
-        response_column: The column that holds what is to be said to them.
-        chat_template: A Jinja file to write conversations with, instead of the tokenizer's own template.
-        learn: Of conversations the `answers` (if null) or `all`; plain text is learned whole.
+        prompt_column: The column that holds the prompts; needs response_column.
+        response_column: The column that holds the responses; needs prompt_column.
+        chat_template: A Jinja file that says how to write conversations, instead of the tokenizer's own template.
+        learn: What of a conversation is learned: its `answers` (if null) or `all`; plain text is learned whole.
         packing: `concatenate`: the running text, cut where a block is full (plain text, if null). `separate`: whole
             documents share a block and none sees another (chat, if null). `pad`: one document to a row.
         block_size: Tokens in a block; memory and time of a training step grow with it.
         batch_size: Blocks in a batch, on each device.
         validation_fraction: Fraction of the tokens held out for validation, as whole documents and at least one block;
-            of a single document, or where the others are much longer than that, the tail of one.
-        validation_blocks: At most so many blocks are validated on; all of them if null.
-        calibration_blocks: At most so many training blocks, drawn at random, are shown to criteria and refits.
-        num_workers: Processes that make batches; 0 is fastest here, the blocks are in memory.
+            of a single document, or where all are much longer than that, the tail of one.
+        validation_blocks: Number of blocks to validate on, at most; null = all of them.
+        calibration_blocks: Number of training blocks, drawn at random, that criteria and refits see, at most.
+        num_workers: Number of processes that make batches; 0 is fastest, since the blocks are in memory.
         seed: Decides the validation part, the training order and the calibration blocks.
 
     Raises:

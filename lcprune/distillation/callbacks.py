@@ -46,13 +46,13 @@ class ProgressiveCollapse(Callback):
     """Merges layers of the student during training.
 
     Args:
-        schedule: When the student gets down to which depth; null = no merges.
+        schedule: At which points of the run the student reaches which depth; null = no merges.
         planner: Which layers merge; default: OneShotRanking by BlockInfluence.
-        operator: What becomes of their weights; default: Drop.
+        operator: How their weights become one layer's; default: Drop.
         refit: How the merged student is repaired before training goes on; null = not at all.
-        stages: Other planners, operators and refits down to certain depths; default: the same all the way.
+        stages: Other planners, operators and refits for parts of the way down; default: the same all the way.
         max_perplexity_jump: A merge that, refit included, multiplies the student's perplexity on the calibration text
-            by more than this is undone, and tried again when the schedule next has one; null = none is.
+            by more than this is undone, and tried again at the schedule's next merge; null = none is undone.
     """
 
     def __init__(

@@ -63,23 +63,23 @@ class DistillationModule(Resumable, Stepping):
         student: Folder of a student that this teacher was shortened to before (by `lcprune collapse`, `fit` or
             `export`): training begins with its weights and its lineage. Default: the student begins as the teacher.
         objective: Levels to optimize, each with its weight; default: Logits.
-        phases: Instead of one objective for the whole run, one after the other, each with its number of steps.
-        phases_begin: With every `merge` the phases begin anew, or they are counted from the start of the `run` alone.
+        phases: Several objectives one after the other instead of one for the whole run, each with its number of steps.
+        phases_begin: Where the phases are counted from: anew from every `merge`, or once from the start of the `run`.
         train: Which of the student's parameters are trained: `all`, its decoder `layers`, only `merged` ones, or every
             layer from the first merged one on (`after_merge`); or only adapters on them (`lora`, `lora_merged`,
             `lora_after_merge`). What is not trained is shared with the teacher in memory when both have the same
             dtype, and layers before the first that is trained run once for both.
         lora: The adapters, where adapters are trained; default: rank 16 on all projections.
-        dtype: Type of the student's weights; float32 beside `trainer.precision: bf16-mixed`.
+        dtype: Type of the student's weights; with `trainer.precision: bf16-mixed` leave it at float32.
         teacher_dtype: Type of the teacher's weights; `auto` = bfloat16 if trainer.precision says bf16, else dtype;
-            `int8` and `nf4` pack its layers into 8 and 4 bit.
+            `int8` and `nf4` pack its layers into 8 and 4 bits.
         optimizer: Makes the optimizer from the trained parameters.
         lr_scheduler: Makes the scheduler, stepped after every optimizer step; RewarmingCosine warms up after merges.
-        activations: `keep` them for the way back, or `recompute` them: less memory, a third more time.
+        activations: `keep` them for the backward pass, or `recompute` them there: less memory, a third more time.
         compile_layers: torch.compile for every decoder layer of the student: one graph serves every depth.
-        kernels: `torch`, or on a GPU `liger`: norms and MLPs of student and teacher by Liger's kernels.
+        kernels: `torch`, or on a GPU `liger`: Liger's kernels for norms and MLPs of student and teacher.
         teacher_cache: Folder that `lcprune cache` has filled: what the teacher says about training batches is looked
-            up there instead of computed. Validation, planning and refits run the teacher still.
+            up there instead of computed. Validation, planning and refits still run the teacher.
     """
 
     def __init__(

@@ -27,9 +27,9 @@ class Phase:
     objective: list[Level]
     """Levels to optimize, each with its weight."""
     steps: int | None = None
-    """Optimizer steps that it lasts; null = until the run ends (or the next merge), which only the last one may."""
+    """Optimizer steps that it lasts; null (the last phase only) = until the run ends, or the next merge."""
     train: Trained | None = None
-    """Which Parameters are trained; null = what model.train says."""
+    """Which parameters are trained; null = what model.train says."""
 
     def __post_init__(self) -> None:
         levels.check(self.objective)

@@ -25,7 +25,7 @@ class ByTokens(Schedule):
     """Merges after so many tokens, prompts among them, padding not, over all ranks."""
 
     schedule: StepSchedule
-    """When, with every number of steps read as one of tokens: Evenly with last: 2000000."""
+    """A schedule whose numbers of steps are read as numbers of tokens, such as Evenly with last: 2000000."""
 
     unit: ClassVar[str] = "token"
 

@@ -149,9 +149,9 @@ class OneShotRanking(Planner):
     criterion: Criterion = BlockInfluence()  # noqa: RUF009 - frozen
     """What scores the layers; shares within a group are in proportion to it, so that `Drop` keeps the survivor."""
     spare_first: int = 0
-    """So many layers next to the embeddings stay, whatever their scores."""
+    """Number of layers next to the embeddings that stay, whatever their scores."""
     spare_last: int = 0
-    """So many layers next to the head stay, whatever their scores."""
+    """Number of layers next to the head that stay, whatever their scores."""
 
     def __post_init__(self) -> None:
         check_kind("criterion", self.criterion, Criterion, "lcprune.BlockInfluence()")

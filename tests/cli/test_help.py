@@ -61,6 +61,39 @@ def test_class_help_explains_every_field(key: str, name: str, capsys: pytest.Cap
     assert _wordless(options) == []
 
 
+OWN = ("plan", "data", "score", "cache", "collapse", "collapse-checkpoint", "evaluate", "report", "export")
+
+
+def _help(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_every_command_says_first_what_it_does(capsys: pytest.CaptureFixture[str]):
+    verbs = "Shows|Scores|Runs|Shortens|Merges|measures|shows|turns"
+    texts = {command: _help(command, capsys).partition(" options: ")[0] for command in OWN}
+    said = {command: match[0] for command, text in texts.items() if (match := re.search(rf"\b({verbs}) .*?\.", text))}
+    assert said.keys() == set(OWN)
+    assert len(set(said.values())) == len(OWN)
+
+
+@pytest.mark.parametrize("command", ["score", "report", "cache", "evaluate"])
+def test_dtype_of_a_command_that_writes_no_model_speaks_of_none(command: str, capsys: pytest.CaptureFixture[str]):
+    text = _help(command, capsys).partition("--dtype DTYPE ")[2].partition(" --")[0]
+    assert "float32, bfloat16" in text
+    assert not re.search("written|merg|refit", text.partition("example")[0])
+
+
+@pytest.mark.parametrize(("command", "targets"), [("collapse", 4), ("collapse-checkpoint", 3)])
+def test_target_depth_does_not_count_the_options_beside_it(
+    command: str, targets: int, capsys: pytest.CaptureFixture[str]
+):
+    text = _help(command, capsys)
+    assert len(set(re.findall(r"--(?:target-\w+|max-\S+) [A-Z]", text))) == targets
+    assert "Number of layers to keep; default, if no target is given: where the recipe's schedule ends." in text
+
+
 def test_fit_help_offers_no_class_that_is_abstract(capsys: pytest.CaptureFixture[str]):
     text = " ".join(_shown(["fit", "--help"], capsys).values())
     offered = re.findall(r"lcprune\.[\w.]+\b(?=[,)])", text)
