@@ -1,5 +1,6 @@
 """What can be known to fail before any weight is loaded, from the settings of a run alone."""
 
+import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -278,8 +279,18 @@ def say_if_slow(device: torch.device, setting: str, instead: str) -> None:
         setting: What asks for bfloat16, as the user would write it.
         instead: What to write for float32.
     """
-    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if device.type == "cpu" and _lacks_bfloat16():
         rank_zero_info(
             f"{setting}: this CPU has no instructions for bfloat16 and takes several times as long as in float32: "
             f"{instead} is faster here"
         )
+
+
+def _lacks_bfloat16() -> bool:
+    """Whether this is an x86 CPU without instructions for bfloat16 (AVX512_BF16; one with AMX has these, too)."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False  # torch does not tell
+    is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if is_supported is None:  # an older torch: of CPUs with AVX512, some have them
+        return torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return not is_supported()
