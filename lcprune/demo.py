@@ -8,18 +8,16 @@ exactly. The folder is keyed by the GGUF's hash and appears under its name only 
 torch and transformers are imported inside functions.
 """
 
-import hashlib
 import importlib.util
 import io
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from functools import cache
 from pathlib import Path
 
 from lcprune.errors import InputError
-from lcprune.files import cache_folder
+from lcprune.files import cache_folder, hash_of
 
 DEMO = "demo:smollm2"
 """The name under which a recipe asks for the demo model."""
@@ -58,17 +56,12 @@ def _gguf_file() -> Path:
     return files[0]
 
 
-@cache
-def _sha256(gguf: Path) -> str:
-    return hashlib.sha256(gguf.read_bytes()).hexdigest()
-
-
 def _unpacked(gguf: Path) -> Path:
     """The HF folder made from `gguf`."""
     from filelock import FileLock
     from safetensors import SafetensorError
 
-    folder = cache_folder() / f"smollm2-{_sha256(gguf)[:16]}"
+    folder = cache_folder() / f"smollm2-{hash_of(gguf)[:16]}"
     if folder.is_dir():
         return folder
     partial = folder.with_suffix(".partial")

@@ -1,9 +1,10 @@
-"""Files that are whole or not there: written beside, then renamed; what JSON can say; where this user's cache is."""
+"""Files that are whole or not there: written beside, then renamed; their hashes; where this user's cache is."""
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
@@ -17,6 +18,8 @@ LONGEST = 100
 """Characters of a value that a sentence repeats."""
 LEFT_ALONE = 60.0
 """Seconds in which nobody has written to what a process that is gone was writing, before it counts as left behind."""
+LARGE = 1 << 26
+"""Bytes; hashes of larger files are remembered."""
 
 
 def cache_folder() -> Path:
@@ -144,3 +147,26 @@ def _runs(process: int) -> bool:
     except OSError:  # another user's
         return True
     return True
+
+
+def hash_of(file: Path) -> str:
+    """The SHA-256 of a file; a large one's is remembered as long as its size and time stay."""
+    stat = file.stat()
+    key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    memory = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
+    if memory.is_file():
+        return memory.read_text(encoding="utf-8")
+    digest = sha256_of(file)
+    if stat.st_size >= LARGE:
+        with suppress(OSError):  # next time it is only computed again
+            write_text(memory, digest)
+    return digest
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file as it is now."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while piece := content.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

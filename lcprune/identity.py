@@ -4,15 +4,12 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from lcprune import models
 from lcprune.errors import InputError
-from lcprune.files import cache_folder, write_text
+from lcprune.files import hash_of, sha256_of, write_text
 
-LARGE = 1 << 26
-"""Bytes; hashes of larger files are remembered."""
 CHECKSUMS = "SHA256SUMS"
 """In an exported folder, the hash of every file of weights; `sha256sum -c SHA256SUMS` reads it, too."""
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\]*\.safetensors)")  # * where sha256sum read it as binary
@@ -71,29 +68,6 @@ def vocabulary_of(model: str) -> str:
     """The hash of what every token id of a model's tokenizer stands for."""
     words = sorted(models.load_tokenizer(model).get_vocab().items())
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
-
-
-def hash_of(file: Path) -> str:
-    """The SHA-256 of a file; a large one's is remembered as long as its size and time stay."""
-    stat = file.stat()
-    key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    memory = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
-    if memory.is_file():
-        return memory.read_text(encoding="utf-8")
-    digest = sha256_of(file)
-    if stat.st_size >= LARGE:
-        with suppress(OSError):  # next time it is only computed again
-            write_text(memory, digest)
-    return digest
-
-
-def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file as it is now."""
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while piece := content.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _content_of(model: str, decides: Callable[[Path], bool]) -> str:

@@ -1,5 +1,6 @@
 """The model that needs no network."""
 
+import hashlib
 import importlib.util
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lcprune import demo, models
+from lcprune import demo, files, models
 from lcprune.errors import InputError
 
 
@@ -44,6 +45,16 @@ def test_model_is_unpacked_once(fake_gguf: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(demo, "_dequantise", dequantise)
     assert models.resolve(demo.DEMO) == models.resolve(demo.DEMO)
     assert unpacked == [fake_gguf]
+
+
+def test_hash_of_the_wheels_file_is_remembered(fake_gguf: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "LARGE", 1)
+    monkeypatch.setattr(demo, "_dequantise", lambda _, folder: folder.mkdir())
+    folder = Path(models.resolve(demo.DEMO))
+    digest = hashlib.sha256(b"GGUF").hexdigest()
+    assert folder.name == f"smollm2-{digest[:16]}"
+    (memory,) = (folder.parent / "hashes").iterdir()
+    assert memory.read_text(encoding="utf-8") == digest
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])

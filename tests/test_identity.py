@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lcprune import identity
+from lcprune import files, identity
 from lcprune.errors import InputError
 from tests.builders import save_tiny, tiny_llama
 
@@ -19,22 +19,22 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(identity, "LARGE", 1)
+    monkeypatch.setattr(files, "LARGE", 1)
     path = tmp_path / "weights.bin"
     path.write_bytes(b"one")
-    first, time = identity.hash_of(path), path.stat().st_mtime_ns
+    first, time = files.hash_of(path), path.stat().st_mtime_ns
     path.write_bytes(b"two")
     os.utime(path, ns=(time, time))
-    assert identity.hash_of(path) == first
+    assert files.hash_of(path) == first
     os.utime(path, ns=(time, time + 1))
-    assert identity.hash_of(path) == hashlib.sha256(b"two").hexdigest() != first
+    assert files.hash_of(path) == hashlib.sha256(b"two").hexdigest() != first
 
 
 def test_hash_that_cannot_be_remembered_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(identity, "LARGE", 1)
+    monkeypatch.setattr(files, "LARGE", 1)
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
     (tmp_path / "weights.bin").write_bytes(b"one")
-    assert identity.hash_of(tmp_path / "weights.bin") == hashlib.sha256(b"one").hexdigest()
+    assert files.hash_of(tmp_path / "weights.bin") == hashlib.sha256(b"one").hexdigest()
 
 
 def test_weights_and_config_decide_and_nothing_else_does(tmp_path: Path):

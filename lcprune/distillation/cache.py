@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lcprune import identity
+from lcprune import files, identity
 from lcprune.distillation.buckets import Buckets
 from lcprune.distillation.levels import Labels, Level, Logits, only
 from lcprune.errors import InputError
@@ -331,7 +331,7 @@ def keys_of(blocks: Tensor) -> list[bytes]:
 def is_whole(folder: Path, shard: Shard) -> bool:
     """Whether a shard's file is there and as it was written."""
     path = folder / shard.file
-    return path.is_file() and identity.sha256_of(path) == shard.sha256
+    return path.is_file() and files.sha256_of(path) == shard.sha256
 
 
 def check_levels(objectives: Sequence[Sequence[Level]]) -> None:
