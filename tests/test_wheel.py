@@ -19,6 +19,13 @@ def test_packages_of_the_wheel_are_those_of_the_source_tree():
     assert set(settings["packages"]) == found | {"lcprune.recipes", "lcprune.recipes.models"}
 
 
+def test_package_says_that_it_is_typed_and_the_wheel_takes_it_along():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert (ROOT / "lcprune" / "py.typed").read_bytes() == b""
+    assert "py.typed" in settings["package-data"]["lcprune"]
+
+
 @pytest.mark.slow
 def test_recipes_of_an_installed_wheel_are_those_of_the_source_tree(tmp_path: Path):
     pytest.importorskip("setuptools", minversion="77")
@@ -32,6 +39,7 @@ def test_recipes_of_an_installed_wheel_are_those_of_the_source_tree(tmp_path: Pa
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     names = {str(path.relative_to(tmp_path / "site" / "lcprune")) for path in (tmp_path / "site").rglob("*.yaml")}
     assert names == {str(path.relative_to(ROOT)) for path in RECIPES}
+    assert (tmp_path / "site" / "lcprune" / "py.typed").is_file()
     code = "from lcprune.cli import main, recipes; print(recipes.__file__); main(['recipes', 'copy', 'qwen3-4b'])"
     shown = subprocess.run(
         [sys.executable, "-c", code],
