@@ -5,7 +5,7 @@ recipe and the figures; it states nothing that nobody measured. `lcprune evaluat
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 import yaml
@@ -19,17 +19,30 @@ METHODS = {
     "MKA": "Liu et al., Pruning via Merging: Compressing LLMs via Manifold Alignment Based Layer Merging, 2406.16330",
     "CoMe": "Wang et al., Layer as Puzzle Pieces: Compressing Large Language Models through Layer Concatenation, "
     "2510.15304",
+    "Deeper Layers": "Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, 2403.17887",
+    "SLEB": "Song et al., SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer "
+    "Blocks, 2402.09025",
+    "Prune&Comp": "Chen et al., Prune&Comp: Free Lunch for Layer-Pruned LLMs via Iterative Pruning with Magnitude "
+    "Compensation, 2507.18212",
 }
 """Authors, title and arXiv number by method."""
 
-METHOD_OF_OPERATOR = {
+METHOD_OF = {
     "Drop": "ShortGPT",
     "Rdsc": "LaCo",
     "ReplaceWithLast": "LaCo",
     "WeightedAverage": "MKA",
     "Concat": "CoMe",
+    "MagnitudeCompensation": "Prune&Comp",
+    "OneShotRanking": "ShortGPT",
+    "ContiguousBlock": "Deeper Layers",
+    "ThresholdPlanner": "LaCo",
+    "ProgressivePlanner": "CoMe",
+    "GreedyPlanner": "SLEB",
 }
-"""The paper an operator comes from; an operator of the user's own has none."""
+"""The paper an operator, a refit or a planner comes from; one of the user's own has none."""
+PLANNER = "OneShotRanking"
+"""The planner of a recipe that names none."""
 
 BUILT_IN = " The text is the language reference that Python carries (`pydoc_data.topics`)."
 
@@ -84,7 +97,7 @@ def model_card(
             HOW_TO_LOAD,
             "Plain transformers; lcprune is not needed.\n",
             USAGE,
-            *_citations(history.steps),
+            *_citations({*_made_by(history.steps), *_planned_by(recipe, history.steps)}),
         ]
     )
 
@@ -172,10 +185,39 @@ def _lineage_rows(history: MergeHistory) -> list[tuple[str, ...]]:
     return [(str(layer), _layers(members)) for layer, members in enumerate(history.lineage)]
 
 
-def _citations(steps: Sequence[MergeStep]) -> list[str]:
-    names = {step.operator_name for step in steps}
-    used = {METHOD_OF_OPERATOR[name] for name in names if name in METHOD_OF_OPERATOR}
-    papers = [f"- {text}. https://arxiv.org/abs/{text.split()[-1]}" for name, text in METHODS.items() if name in used]
+def _made_by(steps: Sequence[MergeStep]) -> Iterator[str]:
+    """Operators and refits, by the history."""
+    for step in steps:
+        yield step.operator_name
+        if step.refit_name is not None:
+            yield step.refit_name
+
+
+def _planned_by(recipe: str | None, steps: Sequence[MergeStep]) -> Iterator[str]:
+    """Planners, by the recipe: a history does not say them."""
+    content = yaml.safe_load(recipe) if recipe is not None else None
+    collapse = _part(content, "collapse")
+    before = collapse.get("schedule") is None and _part(content, "model").get("student") is not None
+    if not collapse or not steps or before:  # this recipe has planned nothing
+        return
+    stages = collapse.get("stages")
+    for part in (collapse, *(stages if isinstance(stages, list) else ())):
+        named = _part(part, "planner").get("class_path")
+        if named is not None or part is collapse:
+            yield str(named or PLANNER).rpartition(".")[2]
+
+
+def _part(content: object, key: str) -> Mapping[str, object]:
+    """A mapping inside a recipe; empty where there is none."""
+    part = content.get(key) if isinstance(content, Mapping) else None
+    return part if isinstance(part, Mapping) else {}
+
+
+def _citations(names: Collection[str]) -> list[str]:
+    papers = []
+    for method, text in METHODS.items():
+        if used := sorted(name for name in names if METHOD_OF.get(name) == method):
+            papers.append(f"- {text}. https://arxiv.org/abs/{text.split()[-1]} (`{'`, `'.join(used)}`)")
     return ["## Methods\n", *papers, ""] if papers else []
 
 

@@ -1,11 +1,15 @@
 """The model card says what the history says, in a front matter that YAML reads."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lcprune.delivery.card import METHOD_OF_OPERATOR, model_card, with_evaluation
+import lcprune
+from lcprune import Operator, Planner, ProgressiveCollapse, Refit
+from lcprune.delivery import card as cards
+from lcprune.delivery.card import METHOD_OF, model_card, with_evaluation
 from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.models import License
 
@@ -76,7 +80,7 @@ def test_card_claims_distillation_only_for_merges_in_training(global_step: int |
     assert ("distillation" in tags) == distilled
 
 
-@pytest.mark.parametrize("operator", METHOD_OF_OPERATOR)
+@pytest.mark.parametrize("operator", [name for name in METHOD_OF if issubclass(getattr(lcprune, name), Operator)])
 def test_card_cites_the_papers_of_the_operators_used_and_no_other(operator: str):
     card = model_card(_history(f"lcprune.merging.operators.{operator}"), figures={})
     assert card.count("https://arxiv.org/abs/") == 1
@@ -84,6 +88,44 @@ def test_card_cites_the_papers_of_the_operators_used_and_no_other(operator: str)
 
 def test_card_cites_nothing_for_an_operator_of_the_users_own():
     assert "arxiv" not in model_card(_history("Mine"), figures={})
+
+
+def test_papers_are_those_of_classes_that_there_are():
+    assert all(issubclass(getattr(lcprune, name), Operator | Refit | Planner) for name in METHOD_OF)
+    assert set(METHOD_OF.values()) == set(cards.METHODS)
+    assert type(ProgressiveCollapse().planner).__name__ == cards.PLANNER
+
+
+def _cited(recipe: str | None, refit: str | None = None) -> list[str]:
+    """arXiv numbers in the card of a student merged by an operator of the user's own."""
+    step = MergeStep((2, 3), {"class_path": "Mine"}, (0.5, 0.5), refit=None if refit is None else {"class_path": refit})
+    return re.findall(r"arxiv.org/abs/(\S+)", model_card(MergeHistory(8, (step,)), figures={}, recipe=recipe))
+
+
+def test_card_cites_the_refit_that_the_history_names():
+    assert _cited(None, "lcprune.merging.refit.MagnitudeCompensation") == ["2507.18212"]
+    assert _cited(None, "lcprune.merging.refit.RidgeRefit") == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cited"),
+    [
+        ("collapse: {planner: {class_path: lcprune.ContiguousBlock}}", ["2403.17887"]),
+        ("collapse: {planner: {class_path: lcprune.merging.greedy.GreedyPlanner}}", ["2402.09025"]),
+        ("collapse: {planner: {class_path: ThresholdPlanner}}", ["2402.11187"]),
+        ("collapse: {planner: {class_path: ProgressivePlanner, init_args: {power: 1}}}", ["2510.15304"]),
+        ("collapse: {planner: {class_path: FixedPlan}}", []),
+        ("collapse: {planner: null}", ["2403.03853"]),
+        (
+            "collapse: {planner: {class_path: FixedPlan}, stages: [{planner: {class_path: GreedyPlanner}}, {}]}",
+            ["2402.09025"],
+        ),
+        ("collapse: {schedule: null, planner: null}\nmodel: {student: short}", []),
+        ("data: {path: mine.txt}", []),
+    ],
+)
+def test_card_cites_the_planner_that_the_recipe_names(recipe: str, cited: list[str]):
+    assert _cited(recipe) == cited
 
 
 RECIPE = """
