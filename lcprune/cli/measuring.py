@@ -112,7 +112,7 @@ class _OfText:
     agreement: dict[str, float]
     """`top1` and `kl`; empty without a teacher."""
     tokens: int
-    """Scored."""
+    """Number of tokens that were predicted."""
 
 
 def evaluated(job: Job, tasks: Tasks, known: Known) -> Evaluation:

@@ -37,13 +37,13 @@ class Columns:
     """The columns that are named; None = found by its usual name."""
 
     text: str = TEXT
-    """Of plain text."""
+    """The column of plain text."""
     messages: str | None = None
-    """Of conversations."""
+    """The column of conversations."""
     prompt: str | None = None
-    """Of prompts."""
+    """The column of prompts."""
     response: str | None = None
-    """Of what is to be said to them."""
+    """The column of responses."""
 
     def mistakes(self) -> list[str]:
         """What is wrong with the names, in words."""

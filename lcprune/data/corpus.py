@@ -32,7 +32,7 @@ class Reading:
     """How documents become tokens."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    """Whose."""
+    """What turns the documents into tokens."""
     template: Path | None
     """A file with a chat template instead of the tokenizer's own."""
     learn: Learn | None

@@ -61,7 +61,7 @@ class _Sentence:
     start: int
     """The first that belongs to the choice; at least 1."""
     characters: int
-    """Of the choice."""
+    """Length of the choice as text."""
 
 
 def read(path: Path, limit: int | None = None) -> list[Question]:

@@ -48,7 +48,7 @@ class Paired:
     difference: float
     """Mean of student - teacher."""
     stderr: float | None
-    """Of the difference."""
+    """Standard error of the difference; None = it cannot be told."""
     teacher_only: int
     """Questions on which the teacher scores more."""
     student_only: int
@@ -64,9 +64,9 @@ class ModelEvaluation:
     size: ModelFigures
     """Layers, parameters and bytes of weights."""
     perplexity: float | None
-    """On the text."""
+    """Perplexity on the text; None = not measured."""
     tasks: Mapping[str, TaskFigures]
-    """By name."""
+    """Figures of every task, by its name."""
     repetition: float | None
     """rep-4 of what it writes; None where it writes less than four tokens."""
     tokens_per_second: Mapping[str, float]

@@ -39,9 +39,9 @@ class Tasks:
     names: tuple[str, ...]
     """As lm-eval knows them; tasks, groups or tags."""
     manager: "TaskManager"
-    """That found them."""
+    """lm-eval's own, which found them and loads them."""
     version: str
-    """Of lm-eval."""
+    """lm-eval's."""
 
 
 def prepare(names: Sequence[str], folder: Path | None = None) -> Tasks:

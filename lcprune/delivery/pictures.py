@@ -103,7 +103,7 @@ class Scores:
     criteria: Mapping[str, tuple[float, ...]]
     """Name of a criterion -> score per layer, lower = safer to merge; over a span it has fewer entries."""
     weights: WeightDistances
-    """Between neighbours."""
+    """Distances between the weights of neighbouring layers."""
     cosines: tuple[tuple[float, ...], ...]
     """Mean cosine of the stream between every two boundaries; 0 = the embeddings."""
 

@@ -101,10 +101,10 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Tree:
-    """All of it."""
+    """The family tree of a student, as it is drawn."""
 
     teacher_depth: int
-    """Rows."""
+    """Layers of the teacher, one row each."""
     columns: int
     """Number of the student's column; the teacher's is 0."""
     stages: tuple[Stage, ...]

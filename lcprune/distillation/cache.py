@@ -65,13 +65,13 @@ class Origin:
     blocks: int
     """How many different blocks there are."""
     block_size: int
-    """T."""
+    """Tokens in a block, T."""
     keys: str
     """Hash of all their hashes, in order."""
     batch_size: int
     """How many went through the teacher at once; sums may be rounded otherwise in another."""
     top_k: int
-    """k."""
+    """Likeliest tokens that are kept for every token of the text."""
     layers: tuple[int, ...]
     """Teacher layers behind which the stream is kept, in order."""
 

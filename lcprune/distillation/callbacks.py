@@ -6,8 +6,8 @@
     limit      how much one merge may cost, or it is undone
 
 A merge happens right after an optimizer step, in `on_train_batch_end`: checkpoints are written after every other
-callback, so the checkpoint of that step contains it, and a run that resumes does not repeat it. The callback keeps
-no state; history and standing are the module's.
+callback, so the checkpoint of that step contains it, and a run that resumes does not repeat it. The callback
+saves no state: history and standing are the module's, and of the run it remembers only the step it looked at last.
 """
 
 from collections.abc import Sequence

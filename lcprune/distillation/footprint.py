@@ -87,7 +87,7 @@ class Step:
     optimizer: float
     """Bytes of state per trained Parameter's element."""
     lora: Lora | None
-    """Adapters."""
+    """The adapters, where adapters are trained; None = those of the defaults."""
     recompute: bool
     """Whether layers are run again on the way back instead of keeping what they saved."""
     cached: bool

@@ -82,17 +82,17 @@ class Forecast:
     teacher: str
     """Name of the original."""
     layers: int
-    """Its depth."""
+    """Number of the original's layers."""
     parameters: int
-    """Its parameters."""
+    """Number of the original's parameters."""
     steps: int | None
     """Optimizer steps at most; None = the number of epochs and the text decide."""
     tokens_per_step: int
     """On all devices, accumulated batches included."""
     stages: tuple[Stage, ...]
-    """By depth."""
+    """Stretches of the run with one depth, in order."""
     phases: tuple[Stretch, ...]
-    """By objective."""
+    """Stretches of the run with one objective, in order."""
     otherwise: dict[str, int]
     """Peak memory in bytes with one setting changed."""
     whole: int

@@ -18,9 +18,9 @@ class LowRank:
     """An adapter on a head: adds scaling * B A to its weight."""
 
     down_RD: Tensor
-    """A."""
+    """A of the adapter, from hidden size D to rank R."""
     up_VR: Tensor
-    """B."""
+    """B of the adapter, from rank R to the vocabulary V."""
     scaling: float = 1.0
     """s, alpha / r in peft."""
 
@@ -35,7 +35,7 @@ class Head:
     """
 
     weight_VD: Tensor
-    """W."""
+    """The head's weight W; logits are states W^T."""
     bias_V: Tensor | None = None
     """b, for those that have one (phi)."""
     scale: float = 1.0

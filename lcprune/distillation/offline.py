@@ -1,6 +1,6 @@
 """Surgery on a checkpoint: what a merge during training would have left in it, without training.
 
-    IN -> the run as it stood when it wrote it -> callbacks.merge -> what a merge changes, in a copy of IN -> OUT
+    IN -> the run as it stood when it wrote it -> merges.merge -> what a merge changes, in a copy of IN -> OUT
 
 The trainer itself restores the run, up to where the next batch would begin, and the same functions merge as in the
 loop: student, history, optimizer and scheduler become what they would have become there, bit for bit. Everything
@@ -172,7 +172,7 @@ def _with_changes(checkpoint: Checkpoint, changed: Checkpoint) -> Checkpoint:
 
 
 def _forget_best(name: str, state: MutableMapping[str, object]) -> None:
-    """As `callbacks` forgets it of a callback in a run, in the state that it has saved under its name."""
+    """As `companions` does to a callback in a run, to the state that one has saved under its name."""
     if {"best_model_score", "best_k_models"} <= set(state):
         state.update(best_model_score=None, best_model_path="", kth_best_model_path="", best_k_models={})
     elif {"wait_count", "best_score"} <= set(state):
