@@ -32,6 +32,7 @@ ROOMS = {
 ROOMS_BELOW = {"merging": (), "data": (), "distillation": ("merging",), "delivery": ("merging",)}
 LEAVES = (
     "errors",
+    "amounts",
     "files",
     "demo",
     "models",

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lcprune import weights
+from lcprune.amounts import count, size
 from lcprune.cli import options
 from lcprune.cli.options import Option
 from lcprune.cli.training import RecipeCLI, collapse_of
@@ -14,7 +15,7 @@ from lcprune.distillation.callbacks import ProgressiveCollapse
 from lcprune.distillation.teacher import cast, stored_dtype
 from lcprune.errors import InputError
 from lcprune.merging import collapse, surgery
-from lcprune.merging.budget import BYTES, THOUSANDS, Budget, Depth, PerplexityRatio, amount, on_meta, one_of
+from lcprune.merging.budget import Budget, Depth, PerplexityRatio, on_meta, one_of
 from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.planners import Planner
 from lcprune.merging.within import MEASURED, ORIGINAL
@@ -161,9 +162,9 @@ def outcome(history: MergeHistory, cli: RecipeCLI, budget: Budget | None = None,
     before = _parameters(model), _bytes(model)
     surgery.replay(model, history)
     after = _parameters(model), weights.size_of(folder) if folder is not None else _bytes(model)
-    parameters = f"{amount(after[0], THOUSANDS)} of {amount(before[0], THOUSANDS)} parameters"
-    size = f"{amount(after[1], BYTES)} of {amount(before[1], BYTES)}"
-    text = f"{history.depth} of {history.teacher_depth} layers, {parameters}, {size}"
+    parameters = f"{count(after[0])} of {count(before[0])} parameters"
+    sizes = f"{size(after[1])} of {size(before[1])}"
+    text = f"{history.depth} of {history.teacher_depth} layers, {parameters}, {sizes}"
     # A plan from a file may have been edited since it was measured.
     measured = history.steps[-1].measured if history.steps and isinstance(budget, PerplexityRatio) else {}
     if MEASURED in measured:

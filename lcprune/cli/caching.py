@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lcprune.amounts import size
 from lcprune.cli import bars, options
 from lcprune.cli.machines import OneDevice
 from lcprune.cli.quiet import quieten
@@ -19,7 +20,6 @@ from lcprune.distillation.objectives import states_of_run
 from lcprune.distillation.pair import Storage, storages
 from lcprune.distillation.teacher import Teacher, load
 from lcprune.errors import InputError
-from lcprune.merging.budget import BYTES, amount
 
 TOP_K = 128
 """How many tokens are kept unless another number is asked for."""
@@ -100,8 +100,8 @@ def _fill(job: _Job) -> None:
     kept = f"the likeliest {origin.top_k} tokens"
     if origin.layers:
         kept += f" and the states of layers {', '.join(map(str, origin.layers))}"
-    size, tokens = amount(filling.bytes, BYTES), origin.blocks * origin.block_size
-    print(f"{filling.folder}: {kept} at {tokens:,} places will take {size}", file=sys.stderr)
+    tokens = origin.blocks * origin.block_size
+    print(f"{filling.folder}: {kept} at {tokens:,} places will take {size(filling.bytes)}", file=sys.stderr)
     if filling.blocks_left < origin.blocks:
         print(f"{origin.blocks - filling.blocks_left} of {origin.blocks} blocks are there already", file=sys.stderr)
     if filling.blocks_left:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from lcprune.amounts import count
 from lcprune.cli import options
 from lcprune.cli.machines import StandIns
 from lcprune.cli.quiet import quieten
@@ -68,7 +69,7 @@ def _seconds(found: Forecast, tflops: float | None, devices: int) -> float | Non
 def _show(found: Forecast, seconds: float | None) -> None:
     console = Console()
     console.print(
-        f"[bold]{found.teacher}[/]: {found.layers} layers, {_millions(found.parameters)} parameters", highlight=False
+        f"[bold]{found.teacher}[/]: {found.layers} layers, {count(found.parameters)} parameters", highlight=False
     )
     console.print(_depths(found))
     console.print(_phases(found))
@@ -88,8 +89,8 @@ def _depths(found: Forecast) -> Table:
         table.add_row(
             f"{stage.step:,}",
             str(stage.depth),
-            _millions(stage.parameters),
-            most + _millions(stage.trained),
+            count(stage.parameters),
+            most + count(stage.trained),
             f"{most}{stage.memory.total / GIB:,.2f} GiB",
             f"{most}{stage.flops / 1e12:,.2f}",
         )
@@ -153,7 +154,3 @@ def _listed(depths: Sequence[int]) -> str:
 
 
 _WITHOUT = "[dim]not counted: libraries, the allocator's holes, planning, refits, validation, loading[/]"
-
-
-def _millions(number: int) -> str:
-    return f"{number / 1e6:,.1f} M"

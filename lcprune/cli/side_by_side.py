@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.table import Table
 
+from lcprune.amounts import count, size
 from lcprune.delivery.evaluate import RATIO, Evaluation, ModelEvaluation, TaskFigures
 
 Row = tuple[str, ...]
@@ -47,12 +48,12 @@ def _sizes(evaluation: Evaluation) -> Iterator[Row]:
     mine, theirs = evaluation.student.size, None if evaluation.teacher is None else evaluation.teacher.size
     yield _row(evaluation, "layers", lambda model: str(model.size.layers))
     parameters = _share(mine.parameters, None if theirs is None else theirs.parameters)
-    yield _row(evaluation, "parameters", lambda model: f"{model.size.parameters / 1e6:,.1f} M", parameters)
+    yield _row(evaluation, "parameters", lambda model: count(model.size.parameters), parameters)
     stored = _share(mine.bytes, None if theirs is None else theirs.bytes)
-    yield _row(evaluation, "weights", lambda model: f"{model.size.bytes / 2**20:,.0f} MiB", stored)
-    yield _row(evaluation, "cache per token", lambda model: f"{model.cache_bytes_per_token / 2**10:,.1f} KiB")
+    yield _row(evaluation, "weights", lambda model: size(model.size.bytes), stored)
+    yield _row(evaluation, "cache per token", lambda model: size(model.cache_bytes_per_token))
     if evaluation.student.peak_bytes is not None:
-        yield _row(evaluation, "peak memory", lambda model: f"{(model.peak_bytes or 0) / 2**20:,.0f} MiB")
+        yield _row(evaluation, "peak memory", lambda model: size(model.peak_bytes or 0))
 
 
 def _task(evaluation: Evaluation, name: str) -> Iterator[Row]:

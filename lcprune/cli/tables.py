@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lcprune.amounts import count, size
 from lcprune.delivery.figures import Figures, ModelFigures
 from lcprune.merging.criteria import SAFEST, ranking
 from lcprune.merging.lineage import MergeHistory
@@ -109,8 +110,8 @@ def _model_row(name: str, model: ModelFigures, speed: float | None, value: float
     return (
         name,
         str(model.layers),
-        f"{model.parameters / 1e6:,.1f} M",
-        f"{model.bytes / 2**20:,.0f} MiB",
+        count(model.parameters),
+        size(model.bytes),
         "" if speed is None else f"{speed:,.0f}",
         "not measured" if value is None else f"{value:.2f}",
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from math import floor, isfinite, log10
 
+from lcprune.amounts import count, size
 from lcprune.delivery.card import short_name
 from lcprune.delivery.figures import ModelFigures
 from lcprune.delivery.page import Headline, Table
@@ -49,14 +50,6 @@ def aligned(values: Sequence[float | None]) -> list[str]:
     return [number(v) if v is None or not isfinite(v) else f"{v:,.{decimals}f}".replace("-", MINUS) for v in values]
 
 
-def count(value: float) -> str:
-    """Of parameters: 113.3 M, 44.4 B."""
-    for size, unit in ((1e9, "B"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:,.1f} {unit}"
-    return f"{value / 1e3:,.1f} k"
-
-
 def fraction(part: float | None) -> str:
     """In percent; a dash where there is none."""
     return NONE if part is None else f"{part:.1%}"
@@ -92,9 +85,11 @@ def _headlines(run: Run) -> Iterator[Headline]:
         yield Headline("Layers", f"{before}{ARROW}{after}", change(after, before))
     if run.figures is not None:
         teacher, student, speed = run.figures.teacher, run.figures.student, run.figures.speed
-        was, now = _counted(teacher), _counted(student)
+        was, now = count(teacher.parameters), count(student.parameters)
         yield Headline("Parameters", now, f"was {was} ({change(student.parameters, teacher.parameters)})")
-        yield Headline("On disk", _stored(student), f"was {_stored(teacher)} ({change(student.bytes, teacher.bytes)})")
+        yield Headline(
+            "On disk", size(student.bytes), f"was {size(teacher.bytes)} ({change(student.bytes, teacher.bytes)})"
+        )
         if speed:
             note = f"{number(speed['student'])} tokens/s, was {number(speed['teacher'])}"
             yield Headline("Speed", f"{speed['student'] / speed['teacher']:.2f}{TIMES}", note)
@@ -130,7 +125,13 @@ def models_table(run: Run) -> tuple[Table, ...]:
 
 def _model_row(named: str, model: ModelFigures, speed: float | None, run: Run, name: str) -> tuple[str, ...]:
     agreement = final(run, "val/agreement") if named == "student" else None
-    counted = (named, str(model.layers), _counted(model), _stored(model), "" if speed is None else number(speed))
+    counted = (
+        named,
+        str(model.layers),
+        count(model.parameters),
+        size(model.bytes),
+        "" if speed is None else number(speed),
+    )
     return (*counted, perplexity(final(run, name)), fraction(agreement) if named == "student" else "")
 
 
@@ -199,14 +200,3 @@ def _numbers(values: Mapping[str, object]) -> list[tuple[str, float]]:
 
 def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _counted(model: ModelFigures) -> str:
-    return count(model.parameters)
-
-
-def _stored(model: ModelFigures) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB")):
-        if model.bytes >= size:
-            return f"{model.bytes / size:,.{0 if model.bytes >= 100 * size else 1}f} {unit}"
-    return f"{model.bytes / 2**10:,.0f} KiB"

@@ -59,7 +59,7 @@ def test_parameters_are_kept(
     assert collapse("--target-params", "45K", *flags) == 0
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "short")
     assert parameters(student) <= 45_000 < parameters(tiny_llama(student.config.num_hidden_layers + 1))
-    assert "\n4 of 6 layers, 40.3K of 58.8K parameters, " in capsys.readouterr().out
+    assert "\n4 of 6 layers, 40.3 K of 58.8 K parameters, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [(), ("--stream",)], ids=["", "stream"])
@@ -71,7 +71,7 @@ def test_size_is_that_of_the_files_in_the_dtype_of_the_original(
     file = tmp_path / "short" / "model.safetensors"
     assert file.stat().st_size <= 95_000
     assert MergeHistory.load(tmp_path / "short" / "history.json").depth == 4
-    assert f"parameters, {file.stat().st_size / 1000:.1f}KB of " in capsys.readouterr().out
+    assert f"parameters, {file.stat().st_size / 1000:.1f} KB of " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("planner", ["OneShotRanking", GREEDY], ids=str)
@@ -109,7 +109,7 @@ def test_plan_only_says_what_the_plan_will_amount_to(
     plan = tmp_path / "plan.json"
     assert collapse("--target-size", "95KB", "--plan-only", "--out", str(plan)) == 0
     assert MergeHistory.load(plan).depth == 4
-    assert "\n4 of 6 layers, 40.3K of 58.8K parameters, 80.5KB of 117.6KB\n" in capsys.readouterr().out
+    assert "\n4 of 6 layers, 40.3 K of 58.8 K parameters, 80.5 KB of 117.6 KB\n" in capsys.readouterr().out
 
 
 def test_progress_is_on_stderr(collapse: Callable[..., int], capsys: pytest.CaptureFixture[str]):

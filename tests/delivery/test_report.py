@@ -103,7 +103,7 @@ def test_every_picture_says_what_it_shows(whole: Path):
 def test_title_has_the_model_and_its_depth_before_and_after(whole: Path):
     text = Elements((whole / "report.html").read_text()).text
     assert "six-layers: 6 \N{RIGHTWARDS ARROW} 3 layers" in text
-    for figure in ("600.0 k", "1.50\N{MULTIPLICATION SIGN}", "22.00", "75.0%", "40.0%"):
+    for figure in ("600.0 K", "1.50\N{MULTIPLICATION SIGN}", "22.00", "75.0%", "40.0%"):
         assert figure in text
 
 
@@ -302,5 +302,5 @@ def test_column_of_figures_has_the_same_decimals_throughout():
 
 
 def test_counts_and_changes_are_written_for_people():
-    assert [count(value) for value in (40_256, 113_300_000, 44_390_243_902)] == ["40.3 k", "113.3 M", "44.4 B"]
+    assert [count(value) for value in (40_256, 113_300_000, 44_390_243_902)] == ["40.3 K", "113.3 M", "44.4 B"]
     assert [change(24, 30), change(6, 5), change(3, 3)] == ["\N{MINUS SIGN}20.0%", "+20.0%", "0.0%"]
