@@ -377,7 +377,6 @@ COMMANDS: dict[str, tuple[list[str], Parts]] = {
     "export of nothing": (["export", "nowhere.ckpt", "--out", "o"], ("nowhere.ckpt", "does not exist")),
     "export without out": (["export", "x.ckpt"], ("--out",)),
     "fit without a recipe": (["fit"], ("needs a recipe", "quickstart.yaml")),
-    "share above all": (["collapse", "--target-depth", "175%", "--out", "o"], ("target_depth='175%'", '"75%"')),
     "text for a depth": (["collapse", "--target-depth", "abc", "--out", "o"], ("--target-depth", "abc")),
     "option without a value": (["collapse", "--out"], ("--out",)),
     "plan and depth": (["collapse", "--plan", "PLAN", "--target-depth", "4", "--out", "o"], ("give one of them",)),

@@ -180,7 +180,7 @@ def test_generation_config_that_transformers_refuses_is_found_before_weights_are
 ):
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
-    for loads in ("distillation.teacher.AutoModelForCausalLM.from_pretrained", "cli.streaming.StoredModel"):
+    for loads in ("weights.load", "cli.streaming.StoredModel"):
         monkeypatch.setattr(f"lcprune.{loads}", lambda *args, **kwargs: _never())
     config = write(tmp_path, recipe(folder, text_file(tmp_path), tmp_path / "run"))
     name, *flags = command.split()

@@ -141,6 +141,11 @@ def test_help_has_every_budget_with_an_example(capsys: pytest.CaptureFixture[str
 
 # What is typed beside --out, what is changed in the recipe, and what the sentence has to say.
 MISTAKES: dict[str, tuple[tuple[str, ...], dict[str, object], tuple[str, ...]]] = {
+    "share above all": (
+        ("--target-depth", "175%"),
+        {},
+        ("target_depth='175%'", '"75%"', "give another --target-depth"),
+    ),
     "two budgets": (BUDGETS[0] + BUDGETS[1], {}, ("target_depth and target_params", "give one of them")),
     "no number of parameters": (("--target-params", "1OOM"), {}, ("target_params=1OOM", "number", "100M")),
     "no size": (("--target-size", "200MBit"), {}, ("target_size=200MBit", "GiB", "200MB")),
