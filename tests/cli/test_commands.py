@@ -235,11 +235,6 @@ def test_predict_writes_a_continuation_per_block(finished: Path, tiny_folder: Pa
     assert all(row["prompt"] for row in rows)
 
 
-@pytest.fixture
-def config(tiny_folder: Path, tmp_path: Path) -> str:
-    return str(write(tmp_path, recipe(tiny_folder, text_file(tmp_path), tmp_path / "run")))
-
-
 def test_plan_only_prints_and_writes_a_plan_and_touches_nothing_else(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -91,7 +91,8 @@ def test_target_depth_does_not_count_the_options_beside_it(
 ):
     text = _help(command, capsys)
     assert len(set(re.findall(r"--(?:target-\w+|max-\S+) [A-Z]", text))) == targets
-    assert "Number of layers to keep; default, if no target is given: where the recipe's schedule ends." in text
+    assert "Number of layers to keep, or a share of them such as 75%" in text
+    assert "; default, if no target is given: where the recipe's schedule ends." in text
 
 
 def test_fit_help_offers_no_class_that_is_abstract(capsys: pytest.CaptureFixture[str]):

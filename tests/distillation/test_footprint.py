@@ -91,7 +91,9 @@ def test_weights_and_gradients_are_those_of_a_module(train: Trained, teacher_dty
     )
     module.configure_model()
     assert module.teacher is not None
-    plan = FixedPlan([[1, 2], [3, 4]]).plan(Calibration(module.student, token_batches()), Drop(), 4)
+    plan = FixedPlan([[1, 2], [3, 4]]).plan(
+        Calibration(module.student, [{"input_ids": ids} for ids in token_batches()]), Drop(), 4
+    )
     surgery.apply_all(module.student, plan)
     module.history = module.history.extend(plan)
     module.choose_trained()

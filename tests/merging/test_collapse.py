@@ -77,7 +77,7 @@ def packed_into(dtype: torch.dtype) -> Callable[[PreTrainedModel], PreTrainedMod
 @pytest.mark.parametrize(
     ("wrap", "words"),
     [
-        (adapted, r"The PeftModel has adapters \(base_model\..*\).* merge_and_unload\(\) first"),
+        (adapted, r"PeftModel.* adapters .*merge_and_unload\(\)"),
         (adapted_inside, r"The LlamaForCausalLM has adapters \(model\..*\).* merge_and_unload\(\) first"),
         (packed_into(torch.uint8), r"is quantised \(model\.layers\.0\..* is torch\.uint8\).*: load it unquantised"),
         (packed_into(torch.int8), r"is quantised .* is torch\.int8\)"),

@@ -1,16 +1,21 @@
 """Operators and refits as a plan names them: what can be named, and what is said of the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from lcprune.errors import InputError
 from lcprune.merging import operators, refit, specs
+from lcprune.merging.activity import Activity
+from lcprune.merging.architectures import LayerLayout
 from lcprune.merging.collapse import plan
-from lcprune.merging.operators import Drop, Operator
+from lcprune.merging.lineage import Lineage
+from lcprune.merging.operators import Drop, LayerTensors, Operator
 from lcprune.merging.refit import Refit, RidgeRefit
+from lcprune.merging.streams import Stream
 from tests.builders import tiny_llama
 from tests.merging.planning import plain
 
@@ -19,25 +24,44 @@ from tests.merging.planning import plain
 class MyOperator(Operator):
     strength: float = 1.0
 
+    def merge(
+        self,
+        members: Sequence[LayerTensors],
+        shares: Sequence[float],
+        layout: LayerLayout,
+        activity: Sequence[Activity] = (),
+    ) -> dict[str, Tensor]:
+        return dict(members[0])
+
 
 @dataclass(frozen=True)
 class MyRefit(Refit):
     strength: float = 1.0
 
+    def refit(self, student: Stream, teacher: Stream, lineage: Lineage, merged: Sequence[int]) -> None:
+        """Leaves the student as it is."""
+
 
 class NoDataclass(Operator):
-    pass
+    def merge(
+        self,
+        members: Sequence[LayerTensors],
+        shares: Sequence[float],
+        layout: LayerLayout,
+        activity: Sequence[Activity] = (),
+    ) -> dict[str, Tensor]:
+        return dict(members[0])
 
 
 class Box:
     @dataclass(frozen=True)
-    class Nested(Refit):
+    class Nested(MyRefit):
         pass
 
 
 def local_operator() -> Operator:
     @dataclass(frozen=True)
-    class Local(Operator):
+    class Local(MyOperator):
         pass
 
     return Local()
@@ -45,7 +69,7 @@ def local_operator() -> Operator:
 
 def local_refit() -> Refit:
     @dataclass(frozen=True)
-    class Local(Refit):
+    class Local(MyRefit):
         pass
 
     return Local()
