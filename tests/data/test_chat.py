@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lcprune.data.chat import ChatTemplate
@@ -156,6 +157,15 @@ def test_pair_without_a_template_is_prompt_line_break_response_and_end_of_text()
     found = tokens_of(documents, tokenizer, template=None, learn="answers")
     assert tokenizer.decode(found.stream) == f"How many clips?\n{ANSWERS[0]}</s>"
     assert learned(tokenizer, found) == [[f"{ANSWERS[0]}</s>"]]
+
+
+def test_pair_without_a_template_does_not_begin_with_the_end_of_text_that_a_tokenizer_puts_behind_a_text():
+    tokenizer = chats.characters()
+    ends = [("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=ends)
+    documents = Documents("pair", conversations=[CHAT[:2]])
+    found = tokens_of(documents, tokenizer, template=None, learn="answers")
+    assert tokenizer.decode(found.stream) == f"How many clips?\n{ANSWERS[0]}</s>"
 
 
 def test_characters_that_the_tokenizer_does_not_know_do_not_move_what_is_learned():

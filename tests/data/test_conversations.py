@@ -95,6 +95,19 @@ def test_several_documents_of_plain_text_may_be_kept_apart(make: Make, tmp_path:
     assert batch["labels"][batch["position_ids"] == 0].eq(-100).all()
 
 
+def test_conversation_longer_than_what_is_held_out_goes_whole_to_one_side(make: Make, tmp_path: Path):
+    answers = ["x" * 900, "yes", "yes", "yes", "yes"]
+    rows = write(tmp_path / "few.jsonl", [{"prompt": "q", "response": answer} for answer in answers])
+    corpus = make(rows, block_size=64).read()
+    assert len(corpus.training.lengths) + len(corpus.validation.lengths) == len(answers)
+
+
+def test_text_that_conversations_are_validated_on_is_validated_on_to_its_end(make: Make, chat: Path, tmp_path: Path):
+    text = write(tmp_path / "text.jsonl", [{"text": "word " * 100}])
+    corpus = make(chat, validation_path=text, validation_fraction=0.05, block_size=64).read()
+    assert corpus.validation.lengths.tolist() == [64] * 7 + [53]  # of a conversation what passes a block is left out
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

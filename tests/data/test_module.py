@@ -79,6 +79,14 @@ def test_calibration_batches_are_training_blocks_and_the_same_every_time(make: M
     assert {tuple(row) for batch in batches for row in batch["input_ids"].tolist()} <= training
 
 
+def test_calibration_batches_are_in_the_order_of_the_text(make: Make, lines: Path):
+    module = make(path=lines, calibration_blocks=6)
+    blocks = module.training_blocks().tolist()
+    places = [blocks.index(row) for batch in module.calibration_batches() for row in batch["input_ids"].tolist()]
+    assert places == sorted(places)
+    assert len(places) == 6
+
+
 def test_calibration_batches_are_fewer_when_the_text_is_short(make: Make, lines: Path):
     assert sum(len(batch["labels"]) for batch in make(path=lines, calibration_blocks=99).calibration_batches()) == 18
 

@@ -75,6 +75,11 @@ def test_concatenate_masks_what_is_not_learned_and_nothing_else():
     assert masked.blocks["labels"].tolist() == [[-100, -100, 2, 3], [4, -100, -100, 7]]
 
 
+def test_concatenate_counts_a_document_that_ends_with_the_last_block():
+    done = packed(some([4, 4, 4, 4]), 8, "concatenate", FILLER)
+    assert (done.documents, done.left) == (4, 0)
+
+
 def test_padded_batch_is_as_long_as_its_longest_document():
     blocks = packed(some([4, 6, 3]), 16, "pad", FILLER).blocks
     batch = batch_of(tuple(blocks), list(zip(*blocks.values(), strict=True)))

@@ -1,6 +1,7 @@
 """A stream is read window by window, loses nothing on the way, and goes on where it was interrupted."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from lcprune.data.module import TextDataModule
 from lcprune.data.packing import Blocks
 from lcprune.data.streaming import Share, StreamLoader, Windows
 from lcprune.errors import InputError
-from tests.data.test_module import record
+from tests import builders
+from tests.data.test_module import Recorder, record
 
 
 def windows(rows: int = 10, size: int = 4) -> Windows:
@@ -119,6 +121,22 @@ def test_run_on_a_stream_interrupted_at_any_step_sees_exactly_what_was_left(
         assert rest == whole[step * accumulate :]
 
 
+def test_epoch_of_a_run_on_a_stream_is_all_the_batches_that_it_takes(make: Callable[..., TextDataModule]):
+    trainer = Trainer(
+        max_steps=6,
+        max_epochs=-1,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(Recorder(), datamodule=make())
+    assert (trainer.global_step, trainer.num_training_batches, trainer.current_epoch) == (6, 12, 1)
+
+
 def test_stream_of_another_text_is_not_gone_on_with(make: Callable[..., TextDataModule], tmp_path: Path):
     settings = {"max_steps": 2, "max_epochs": -1}
     record(make(), tmp_path / "whole", **settings)
@@ -137,6 +155,20 @@ def test_validation_and_calibration_of_a_stream_come_from_its_first_window(make:
     assert 0 < len(training) <= 8
     held_out = [row for batch in module.val_dataloader() for row in batch["input_ids"].tolist()]
     assert not {tuple(row) for row in training} & {tuple(row) for row in held_out}
+
+
+def test_run_on_a_stream_never_sees_what_it_is_validated_on(make: Callable[..., TextDataModule], tmp_path: Path):
+    def answers(rows: list[list[int]]) -> set[str]:
+        tokenizer = builders.tiny_tokenizer()
+        return {answer for row in rows for answer in re.findall(r"it is \d{4}", tokenizer.decode(row))}
+
+    module = make(batch_size=1)
+    module.setup()
+    held_out = answers([row for batch in module.val_dataloader() for row in batch["input_ids"].tolist()])
+    seen = answers(record(make(batch_size=1), tmp_path, max_steps=40, max_epochs=-1))
+    assert held_out
+    assert len(seen) > 50
+    assert not seen & held_out
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,23 @@
 import pytest
 import torch
 
-from lcprune.data.tokens import Tokens, divided
+from lcprune.data.chat import Piece
+from lcprune.data.preprocess import AT_ONCE
+from lcprune.data.tokens import Tokens, divided, encoded
+from tests import builders
 
 
 def numbered(lengths: list[int]) -> Tokens:
     """Documents of these lengths; every token is its place."""
     total = sum(lengths)
     return Tokens(torch.arange(total).int(), torch.ones(total, dtype=torch.bool), torch.tensor(lengths))
+
+
+def test_documents_that_are_more_than_the_tokenizer_is_given_at_once_come_in_order_and_once_each():
+    tokenizer = builders.tiny_tokenizer()
+    documents: list[list[Piece]] = [[(f"q{number}", False), (f"a{number}", True)] for number in range(2 * AT_ONCE + 1)]
+    found = [tokenizer.decode(ids) for ids, _ in encoded(documents, tokenizer)]
+    assert found == ["".join(text for text, _ in document) for document in documents]
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.2, 0.999])

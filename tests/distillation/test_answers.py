@@ -139,6 +139,14 @@ def test_teacher_cache_of_packed_documents_is_the_run_with_the_teacher(tiny_fold
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_training_blocks_of_packed_documents_are_what_a_run_asks_a_cache_for(tiny_folder: Path, chat: Path):
+    data = data_for(tiny_folder, chat, batch_size=1)
+    known = keys_of(data.training_blocks())
+    asked = [key for batch in data.train_dataloader() for key in keys_of(rows_of(batch))]
+    assert sorted(asked) == sorted(known)
+    assert len(known) > 5
+
+
 def test_teacher_cache_tells_apart_the_same_tokens_in_other_documents():
     ids = torch.arange(6)[None]
     one, other = (
