@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lcprune.delivery import export as delivery
-from lcprune.delivery.export import check_target, export
+from lcprune.delivery.export import check_target, export, export_stream
 from lcprune.errors import DiskError, InputError, RunError
 from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.streaming import stored_tensors
 from lcprune.weights import size_of
 from tests.builders import FAMILIES, Family, tiny_llama, tiny_tokenizer, token_batches
 
@@ -110,6 +112,14 @@ def test_compiled_student_whose_graphs_round_otherwise_is_exported(tmp_path: Pat
     student = tiny_llama(4)
     for layer in student.model.layers:
         layer.forward = torch.compile(layer.forward, backend=rounding)
+    export(student, tmp_path / "out", tokenizer=tokenizer, history=HISTORY)
+    assert size_of(tmp_path / "out") > 0
+
+
+def test_student_that_is_training_with_dropout_is_exported(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    student = tiny_llama(4).train()
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.5
     export(student, tmp_path / "out", tokenizer=tokenizer, history=HISTORY)
     assert size_of(tmp_path / "out") > 0
 
@@ -324,6 +334,11 @@ def _turn_faster(folder: Path) -> None:
     (folder / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 10.0'))
 
 
+def _turn_by_no_number(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": NaN'))
+
+
 def _nudge_a_weight(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] *= 1 + 2**-20
@@ -331,7 +346,12 @@ def _nudge_a_weight(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [(_turn_faster, "other logits"), (_nudge_a_weight, r"in 1 of .*model\.norm\.weight")]
+    ("damage", "message"),
+    [
+        (_turn_faster, "other logits"),
+        (_turn_by_no_number, "other logits .*largest difference nan"),
+        (_nudge_a_weight, r"in 1 of .*model\.norm\.weight"),
+    ],
 )
 def test_export_finds_a_folder_that_does_not_give_the_student_back(
     tmp_path: Path,
@@ -343,6 +363,35 @@ def test_export_finds_a_folder_that_does_not_give_the_student_back(
     monkeypatch.setattr(tokenizer, "save_pretrained", _afterwards(tokenizer, damage))
     with pytest.raises(RuntimeError, match=message):
         export(tiny_llama(4), tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("holder", ["student", "reloaded"])
+def test_tensor_that_only_one_of_student_and_reloaded_has_is_a_difference(holder: str):
+    models = {"student": tiny_llama(4), "reloaded": tiny_llama(4)}
+    models[holder].model.norm.register_parameter("bias", nn.Parameter(torch.zeros(2)))
+    with pytest.raises(RunError, match=r"in 1 of .*first model\.norm\.bias"):
+        delivery._check_weights(**models)
+
+
+def _streamed(student: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    tensors = ((name, [tensor]) for name, tensor in stored_tensors(student).items())
+    return export_stream(student, tensors, out, tokenizer=tokenizer, history=HISTORY)
+
+
+def test_streamed_export_keeps_the_generation_config(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    student = tiny_llama(4)
+    student.generation_config.max_new_tokens = 77
+    out = _streamed(student, tmp_path / "short", tokenizer)
+    assert json.loads((out / "generation_config.json").read_text())["max_new_tokens"] == 77
+
+
+def test_streamed_export_finds_a_folder_that_is_not_what_was_written(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tokenizer, "save_pretrained", _afterwards(tokenizer, _nudge_a_weight))
+    with pytest.raises(RunError, match=r"read back, differs in 1 of .*first model\.norm\.weight"):
+        _streamed(tiny_llama(4), tmp_path / "short", tokenizer)
     assert not any(tmp_path.iterdir())
 
 

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lcprune.delivery import choices, evaluate, harness
+from lcprune.delivery.harness import Results
 from lcprune.errors import InputError
 from tests.builders import tiny_llama
 
@@ -37,6 +39,39 @@ def test_harness_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"--tasks piqa needs lm-eval.*pip install 'lcprune\[eval\]'.*piqa\.jsonl"):
         harness.prepare(["piqa"])
+
+
+def results(**changes: Mapping[str, object]) -> Results:
+    """What lm-eval returns of one task of two questions, with a metric under two filters."""
+    figures = {
+        "alias": "ours",
+        "exact_match,strict": 0.5,
+        "exact_match_stderr,strict": 0.25,
+        "exact_match,loose": 1.0,
+        "exact_match_stderr,loose": 0.0,
+    }
+    values = [("strict", 1), ("strict", 0), ("loose", 1), ("loose", 1)]
+    samples = [{"filter": way, "exact_match": value} for way, value in values]
+    found: dict[str, Mapping[str, object]] = {
+        "results": {"ours": figures},
+        "samples": {"ours": samples},
+        "n-samples": {"ours": {"effective": 2}},
+    }
+    return {**found, **changes}
+
+
+def test_scores_and_error_are_those_of_the_metric_and_filter_that_come_first():
+    figures = harness._figures(results(), "ours")
+    assert figures.metrics == {"exact_match,strict": 0.5, "exact_match,loose": 1.0}
+    assert next(iter(figures.metrics)) == "exact_match,strict"
+    assert (figures.scores, figures.stderr, figures.rows) == ((1.0, 0.0), 0.25, 2)
+
+
+@pytest.mark.parametrize(
+    ("account", "lower"), [({}, False), ({"ours": {}}, False), ({"ours": {"exact_match": False}}, True)]
+)
+def test_lower_is_better_where_the_harness_says_that_higher_is_not(account: dict[str, object], lower: bool):
+    assert harness._figures(results(higher_is_better=account), "ours").lower_is_better == lower
 
 
 @pytest.fixture
