@@ -8,7 +8,7 @@ from math import pi
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel
 
 from lcprune.errors import InputError
@@ -172,6 +172,15 @@ def test_token_loss_of_labels_that_score_nothing_is_zero_over_zero_tokens():
     model = tiny_llama()
     batch = {**plain()[0], "labels": torch.full((2, 16), -100)}
     assert token_loss(model, torch.zeros(2, 16, 32), batch) == (0.0, 0)
+
+
+def test_token_loss_of_half_precision_logits_is_taken_in_single_precision():
+    model, batch = tiny_llama(2, dtype=torch.bfloat16), plain()[0]
+    with torch.no_grad():
+        state = model.model(**batch).last_hidden_state
+        logits = model.lm_head(state).float()
+    expected = cross_entropy(logits.flatten(0, 1), next_tokens(batch).flatten(), reduction="sum").item()
+    assert token_loss(model, state, batch)[0] == pytest.approx(expected, rel=1e-6)
 
 
 def half_training(model: PreTrainedModel) -> dict[str, bool]:

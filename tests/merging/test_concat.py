@@ -16,12 +16,14 @@ from lcprune.merging.concat import Concat, quota
 from lcprune.merging.lineage import MergeStep
 from lcprune.merging.operators import spec_of
 from tests.builders import Family, tiny_llama, token_batches
-from tests.merging.planning import layers_of
+from tests.merging.planning import assert_same, layers_of
 
 KINDS: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "gpt2")
 """Grouped queries, biases, norms of queries and keys, norms stored minus one, fused projections, Conv1D."""
 BASE = 2
 IDS = token_batches(1, 2, 12)[0]
+EQUAL = [Activity(torch.ones(2, 1), torch.ones(2))] * 2
+"""Of two layers of `_hand_made`: all heads and channels do as much."""
 
 
 @contextmanager
@@ -128,6 +130,16 @@ def test_query_heads_are_paired_as_the_model_pairs_them_not_tiled_as_published()
     assert (merged - published).norm() / published.norm() > 0.1
 
 
+def test_concat_does_not_take_the_precision_of_a_run():
+    plain, mixed = tiny_llama(model_type="gpt_neox"), tiny_llama(model_type="gpt_neox")
+    activity, _ = _choices(plain, layout_of(plain.config))
+    step = MergeStep((BASE, BASE + 1), spec_of(Concat()), (0.5, 0.5))
+    surgery.apply(plain, step, lambda wanted: activity)
+    with torch.autocast("cpu", torch.bfloat16):
+        surgery.apply(mixed, step, lambda wanted: activity)
+    assert_same(mixed, plain)
+
+
 def test_mean_norms_are_the_published_plain_average_and_are_not_exact():
     model = tiny_llama()
     layout = layout_of(model.config)
@@ -151,6 +163,7 @@ def test_mean_norms_are_the_published_plain_average_and_are_not_exact():
         ([0.1, 0.9], 3, [0, 3]),
         ([1 / 3] * 3, 3, [1, 1, 1]),
         ([1.0, 0.0], 4, [4, 0]),
+        ([0.29, 0.71], 100, [29, 71]),  # 100 * 0.29 is 28.999999999999996
     ],
 )
 def test_quota_floors_all_but_the_largest_share(shares: list[float], number: int, counts: list[int]):
@@ -189,11 +202,25 @@ def test_channels_are_kept_by_activity_times_weight(
     assert merged["mlp.down_proj.weight"].tolist() == down
 
 
+def test_weights_that_read_a_channel_count_by_their_sizes():
+    # 1 + |-1| beats 1 + 0.5, whatever 1 - 1 is.
+    members = [_hand_made([[1.0, 1.0], [-1.0, 0.5]], 10), _hand_made([[1.0, 0.0], [1.0, 0.0]], 20)]
+    merged = Concat().merge(members, (0.5, 0.5), layout_of(tiny_llama().config), EQUAL)
+    assert merged["mlp.gate_proj.weight"][:, 0].tolist() == [10, 20]
+
+
+def test_member_that_keeps_no_unit_has_no_part_in_the_norms():
+    first, second = _hand_made([[1.0, 2.0], [3.0, 4.0]], 1), _hand_made([[1.0, 2.0], [3.0, 4.0]], 5)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        second[f"{norm}.weight"] = torch.full((2,), 1.5)
+    merged = Concat().merge([first, second], (1.0, 0.0), layout_of(tiny_llama().config), EQUAL)
+    assert_same(merged, first)
+
+
 def test_concat_leaves_its_inputs_alone():
     members = [_hand_made([[1.0, 2.0], [3.0, 4.0]], 1), _hand_made([[4.0, 3.0], [2.0, 1.0]], 5)]
     before = [{name: tensor.clone() for name, tensor in member.items()} for member in members]
-    activity = [Activity(torch.ones(2, 1), torch.ones(2))] * 2
-    Concat().merge(members, (0.5, 0.5), layout_of(tiny_llama().config), activity)
+    Concat().merge(members, (0.5, 0.5), layout_of(tiny_llama().config), EQUAL)
     for member, kept in zip(members, before, strict=True):
         assert all(torch.equal(member[name], tensor) for name, tensor in kept.items())
 

@@ -119,6 +119,15 @@ def test_append_and_extend_leave_the_history_as_it_was():
     assert history.steps == ()
 
 
+def test_history_goes_on_after_one_that_began_with_the_same_merges_and_after_no_other():
+    whole = MergeHistory(6, (step(1, 2), step(0, 1)))
+    assert whole.after(MergeHistory(6, (step(1, 2),))) == MergeHistory(5, (step(0, 1),))
+    assert whole.after(MergeHistory(6)) == whole
+    assert whole.after(MergeHistory(6, (step(3, 4),))) is None
+    assert whole.after(MergeHistory(7)) is None
+    assert whole.after(whole.append(step(0, 1))) is None
+
+
 def test_append_refuses_a_step_past_the_depth_that_is_left():
     history = MergeHistory(6, (step(2, 3, 4),))
     with pytest.raises(InputError, match=r"group=\[3, 4\] reaches past the last layer 3"):

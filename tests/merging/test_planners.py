@@ -19,9 +19,16 @@ from lcprune.merging.calibration import Calibration, LayerStats
 from lcprune.merging.concat import Concat
 from lcprune.merging.criteria import AngularDistance, BlockInfluence, OutputSimilarity, TrialPerplexity
 from lcprune.merging.greedy import GreedyPlanner
-from lcprune.merging.lineage import MergeHistory
+from lcprune.merging.lineage import MergeHistory, MergeStep
 from lcprune.merging.operators import Drop, Operator, Rdsc, ReplaceWithLast, WeightedAverage, spec_of
-from lcprune.merging.planners import ContiguousBlock, FixedPlan, OneShotRanking, Planner, ThresholdPlanner
+from lcprune.merging.planners import (
+    ContiguousBlock,
+    FixedPlan,
+    OneShotRanking,
+    Planner,
+    ThresholdPlanner,
+    with_weight_cosines,
+)
 from lcprune.merging.progressive import ProgressivePlanner
 from lcprune.merging.search import RefitSearch
 from tests.builders import FAMILIES, Family, tiny_llama, token_batches
@@ -374,6 +381,17 @@ def test_weight_cosine_is_the_mean_over_matrices_and_neighbours_of_the_layers_na
     ]
     assert len(cosines) == 14
     assert steps[1].scores["weight_cosine"] == pytest.approx(sum(cosines) / 14)
+
+
+def test_weight_cosine_of_a_second_merge_is_that_of_the_bases():
+    model = tiny_llama(4)
+    step = MergeStep((0, 1), spec_of(Drop("first")), (1.0, 0.0))
+    _, second = with_weight_cosines(Calibration(model, plain()), [step, step])
+    bases = ([p for p in layers_of(model)[index].parameters() if p.dim() == 2] for index in (0, 2))
+    cosines = [
+        cosine_similarity(left.flatten(), right.flatten(), dim=0).item() for left, right in zip(*bases, strict=True)
+    ]
+    assert second.scores["weight_cosine"] == pytest.approx(sum(cosines) / 7)
 
 
 def test_default_criterion_of_one_shot_ranking_is_block_influence():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 from lcprune.errors import InputError
 from lcprune.merging import surgery
+from lcprune.merging.architectures import layout_of
 from lcprune.merging.calibration import Batch
 from lcprune.merging.collapse import collapse, execute
 from lcprune.merging.concat import Concat
@@ -26,6 +27,7 @@ from tests.builders import ALL_FAMILIES, FAMILIES, Family, tiny_llama, token_bat
 from tests.merging.planning import assert_same, layers_of, weights_of
 
 BATCHES: list[Batch] = [{"input_ids": ids} for ids in token_batches(4, 4, 48)]
+FEW: list[Batch] = [{"input_ids": ids} for ids in token_batches(2, 1, 12)]
 WEAK = RidgeRefit(strengths=[1e-3])
 FIRST = Drop("first")
 ZEROS = Sums.zeros
@@ -180,14 +182,21 @@ def test_ridge_keeps_the_identity_of_every_parameter():
 def test_ridge_does_not_fit_chance():
     # Two sequences cannot tell 64 inputs apart: on held-out text an unshrunk fit is worse than none.
     teacher, student = tiny_llama(), tiny_llama()
-    few: list[Batch] = [{"input_ids": ids} for ids in token_batches(2, 1, 12)]
     lineage = MergeHistory(6, (MergeStep((2, 3), spec_of(Drop("first")), (1.0, 0.0)),)).lineage
     surgery.apply(student, MergeStep((2, 3), spec_of(Drop("first")), (1.0, 0.0)))
     before = weights_of(student)
     refit = RidgeRefit(layers="merged", projections="mlp", strengths=[1e-9, 1e6], held_out=0.5)
-    refit.refit(Stream(student, few), Stream(teacher, few), lineage, [2])
+    refit.refit(Stream(student, FEW), Stream(teacher, FEW), lineage, [2])
     moved = student.state_dict()["model.layers.2.mlp.down_proj.weight"] - before["model.layers.2.mlp.down_proj.weight"]
     assert moved.norm() < 1e-2
+
+
+def test_ridge_leaves_weights_that_no_strength_makes_better_on_held_out_text():
+    student, teacher, lineage = _merged()
+    before = weights_of(student)
+    refit = RidgeRefit(layers="merged", projections="mlp", strengths=[1e-9, 1e-8], held_out=0.5)
+    refit.refit(Stream(student, FEW), Stream(teacher, FEW), lineage, [2])
+    assert_same(student, before)
 
 
 def test_ridge_fits_attention_towards_the_ancestor_that_the_student_is_nearest_to():
@@ -282,6 +291,17 @@ def test_magnitude_compensation_again_replaces_the_factor_of_an_earlier_merge(se
     for place in range(base + 1, 4):
         original = layers_of(teacher)[lineage[place][0]].mlp.down_proj.weight
         torch.testing.assert_close(layers_of(student)[place].mlp.down_proj.weight, original / factor)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_magnitude_compensation_scales_the_norm_where_one_follows_the_projection(family: Family):
+    student, teacher, lineage = _merged(FIRST, (1, 2), family=family)
+    layout = layout_of(student.config)
+    name = f"{layout.mlp.norm_after}.weight"
+    factor = _length(_states(teacher)[2]) / _length(_states(student)[1])
+    expected = (layers_of(student)[2].get_parameter(name) + layout.norm_offset) / factor - layout.norm_offset
+    _refit(MagnitudeCompensation(), student, teacher, lineage)
+    torch.testing.assert_close(layers_of(student)[2].get_parameter(name), expected)
 
 
 def test_magnitude_compensation_passes_a_layer_whose_attention_adds_nothing():

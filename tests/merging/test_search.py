@@ -1,6 +1,7 @@
 """RefitSearch finds what brute force finds, judged after the refit, and gives the model back as it was."""
 
-from itertools import product
+from itertools import count, product
+from math import isfinite, nan
 from typing import Any
 
 import pytest
@@ -116,6 +117,25 @@ def test_fewer_candidates_are_fewer_trials(monkeypatch: pytest.MonkeyPatch):
     # look again and at most two beside the merge.
     assert trials[1] == 8 + 6
     assert 5 + 1 <= trials[0] <= 5 + 3
+
+
+def test_pairs_on_both_sides_of_the_last_merge_are_looked_at_again():
+    history = MergeHistory(6, (MergeStep((2, 3), spec_of(FIRST), (1.0, 0.0)),))
+    (wave,) = RefitSearch(candidates=1)._waves({(0, 0): 0.1, (4, 0): 0.2}, history, operators=1, turns=[])
+    # By the teacher's layer where their first member ends: behind 1 the merged one begins, behind 3 it ends.
+    assert wave == [(0, 0), (1, 0), (3, 0)]
+
+
+def test_candidate_whose_loss_is_no_number_is_never_the_best(monkeypatch: pytest.MonkeyPatch):
+    losses, calls = search_module._Bench._losses, count()
+
+    def broken(bench: Any, *args: Any) -> list[tuple[float, int]]:
+        first_candidate = next(calls) == 1  # before it the model as it is
+        return [(nan if first_candidate else loss, tokens) for loss, tokens in losses(bench, *args)]
+
+    monkeypatch.setattr(search_module._Bench, "_losses", broken)
+    (found,) = RefitSearch().plan(Calibration(tiny_llama(4), BATCHES), FIRST, 3)
+    assert isfinite(found.scores["perplexity_after_refit"])
 
 
 def test_search_needs_two_sequences():

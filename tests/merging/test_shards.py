@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcprune.errors import InputError, RunError
 from lcprune.merging.shards import Shards, ShardWriter
-from lcprune.weights import INDEX, ONE_FILE
+from lcprune.weights import INDEX, ONE_FILE, header_of
 
 DTYPES = (
     torch.float64,
@@ -54,6 +54,16 @@ def test_every_dtype_is_written_as_the_library_reads_it(tmp_path: Path):
     written(tmp_path, tensors()).verify()
     assert_same(load_file(tmp_path / ONE_FILE), tensors())
     assert not (tmp_path / INDEX).exists()
+
+
+def test_every_tensor_begins_at_a_multiple_of_its_width(tmp_path: Path):
+    content = {"narrow": torch.zeros(3, dtype=torch.uint8), "wide": torch.zeros(2)}
+    written(tmp_path, content)
+    start, header = header_of(tmp_path / ONE_FILE)
+    assert {name: (start + header[name]["data_offsets"][0]) % content[name].itemsize for name in content} == {
+        "narrow": 0,
+        "wide": 0,
+    }
 
 
 @pytest.mark.parametrize("indices", [[0], [4], [1, 2, 3], [0, 2, 3, 6], [], [5, 1]])

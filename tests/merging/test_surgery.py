@@ -214,6 +214,15 @@ def test_frozen_and_trained_parameters_stay_frozen_and_trained():
     assert len(set(after.values())) == 2
 
 
+def test_second_view_is_frozen_where_the_model_is():
+    model = tiny_llama()
+    layers_of(model)[1].mlp.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    after = {name: parameter.requires_grad for name, parameter in surgery.second_view(model).named_parameters()}
+    assert after == before
+    assert len(set(after.values())) == 2
+
+
 def test_gradients_reach_the_merged_layer():
     model = tiny_llama()
     surgery.apply(model, step(1, 2, 3, operator=Rdsc()))
@@ -272,6 +281,14 @@ def test_trial_leaves_the_model_bit_for_bit(trial: Callable[..., AbstractContext
     with trial(model):
         assert len(layers_of(model)) < 6
         assert not torch.equal(logits_of(model), before["logits"])  # type: ignore[arg-type]
+    assert_unchanged(model, before)
+
+
+def test_trial_that_merges_a_merged_layer_again_leaves_the_model_bit_for_bit():
+    model = tiny_llama()
+    before = state_of(model)
+    with surgery.trial(model, *[step(1, 2, operator=WeightedAverage())] * 2):
+        assert len(layers_of(model)) == 4
     assert_unchanged(model, before)
 
 
