@@ -7,7 +7,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -115,21 +116,22 @@ def test_newest_whole_one_comes_with_the_damaged_ones_that_are_newer(saved: Path
     assert newest_whole(saved.parent / "nowhere") == (None, [])
 
 
-@pytest.fixture
-def small_files() -> Callable[[int], None]:
-    """Sets how many bytes a file may have: the kernel refuses the next, as it does where a disk is full."""
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """How many bytes a file may have inside: the kernel refuses the next, as it does where a disk is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:  # before the test ends, for pytest may write what it says to a file too
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("limit", [0, 5000])
-def test_write_that_the_disk_refuses_leaves_the_earlier_checkpoint(
-    saved: Path, small_files: Callable[[int], None], limit: int
-):
+def test_write_that_the_disk_refuses_leaves_the_earlier_checkpoint(saved: Path, limit: int):
     before = saved.read_bytes()
-    small_files(limit)
-    with pytest.raises(DiskError, match=r"last.ckpt cannot be written \(File too large\).*--ckpt_path last"):
+    refused = pytest.raises(DiskError, match=r"last.ckpt cannot be written \(File too large\).*--ckpt_path last")
+    with refused, small_files(limit):
         AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(9000)}, saved)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
