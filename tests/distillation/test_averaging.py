@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from transformers import PreTrainedModel
 
 from lcprune import (
     AtSteps,
@@ -66,13 +67,25 @@ def test_average_after_a_merge_is_the_student_and_the_operator_of_what_they_were
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_average_of_what_concat_merged_starts_afresh_and_the_other_layers_keep_theirs():
+def _followed_through_concat() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A student whose layers 1 and 2 were merged, and its average."""
     step = MergeStep((1, 2), spec_of(Concat()), (0.5, 0.5))
     student, average = builders.tiny_llama(seed=0), builders.tiny_llama(seed=1)
-    old = runs.weights_of(average)
     batches = [{"input_ids": ids} for ids in builders.token_batches()]
     merged = surgery.apply(student, step, lambda wanted: measure_activity(student, batches, wanted)).merged
     averaging.follow(average, [step], [[parameter.data for parameter in merged]], {})
+    return student, average
+
+
+def test_average_has_storage_of_its_own_where_concat_started_it_afresh():
+    student, average = _followed_through_concat()
+    theirs = {parameter.data_ptr() for parameter in student.parameters()}
+    assert not theirs & {parameter.data_ptr() for parameter in average.parameters()}
+
+
+def test_average_of_what_concat_merged_starts_afresh_and_the_other_layers_keep_theirs():
+    old = runs.weights_of(builders.tiny_llama(seed=1))
+    student, average = _followed_through_concat()
     assert average.config.num_hidden_layers == 5
     for name, weight in average.named_parameters():
         fresh = ".layers.1." in name

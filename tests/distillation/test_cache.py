@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcprune.distillation.cache import MANIFEST, Manifest, TeacherCache, check_levels, keys_of
+from lcprune.distillation.cache import (
+    MANIFEST,
+    Manifest,
+    Origin,
+    Shard,
+    TeacherCache,
+    batch_of,
+    check_levels,
+    keys_of,
+    rows_of,
+)
 from lcprune.distillation.fill import block_bytes, different
 from lcprune.distillation.levels import Boundary, Labels, Level, Logits
 from lcprune.distillation.passes import Wanted
@@ -90,6 +100,19 @@ def test_keys_tell_apart_what_differs_in_one_token_or_its_place():
     assert len(set(keys)) == 3
     assert keys[0] == keys[3] == keys_of(one.int())[0]
     assert keys_of(torch.tensor([[258]])) != keys_of(torch.tensor([[2, 1]]))
+
+
+@pytest.mark.parametrize("names", [("input_ids",), ("input_ids", "position_ids")])
+def test_rows_of_a_batch_make_the_same_batch_again(names: tuple[str, ...]):
+    whole = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    batch = {name: whole[name] for name in names}
+    torch.testing.assert_close(batch_of(rows_of(batch)), batch)
+
+
+def test_tail_is_the_mean_over_blocks_and_not_over_shards():
+    origin = Origin("t", "v", "float32", blocks=5, block_size=4, keys="k", batch_size=1, top_k=1, layers=())
+    manifest = Manifest(origin, (Shard("a", 4, "s", 0.1), Shard("b", 1, "s", 0.6)))
+    assert manifest.tail == pytest.approx(0.2)
 
 
 class Killed(Exception):
@@ -267,6 +290,14 @@ def test_levels_that_a_cache_cannot_serve_are_refused(levels: list[Level], words
 def test_manifest_that_is_none_is_refused(copied: Path, content: str, words: str):
     (copied / MANIFEST).write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=words) as caught:
+        TeacherCache(copied)
+    told(caught)
+
+
+def test_manifest_that_was_altered_is_refused(copied: Path):
+    text = (copied / MANIFEST).read_text(encoding="utf-8")
+    (copied / MANIFEST).write_text(text.replace('"dtype": "float32"', '"dtype": "float16"'), encoding="utf-8")
+    with pytest.raises(InputError, match=r"is not the manifest of a teacher cache .*sha256 differs") as caught:
         TeacherCache(copied)
     told(caught)
 

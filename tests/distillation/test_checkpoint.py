@@ -129,6 +129,16 @@ def test_loaded_student_is_the_modules_in_every_family(
     student.save_pretrained(tmp_path / "export")
 
 
+def test_loaded_student_has_the_teachers_generation_config(text: Path, tmp_path: Path):
+    model = builders.tiny_llama()
+    model.generation_config.max_new_tokens = 77
+    teacher = runs.save_teacher(tmp_path / "teacher", model=model)
+    trainer = runs.trainer_for(tmp_path, max_steps=1)
+    trainer.fit(runs.student_of(teacher), datamodule=runs.data_for(teacher, text))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert load_student(tmp_path / "one.ckpt")[0].generation_config.max_new_tokens == 77
+
+
 def test_load_student_needs_the_teachers_config_in_one_sentence(text: Path, tmp_path: Path):
     teacher = runs.save_teacher(tmp_path / "teacher")
     module = runs.student_of(teacher, lr_scheduler=None)

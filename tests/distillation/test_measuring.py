@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lcprune import DistillationModule, Evenly, ProgressiveCollapse, TextDataModule
@@ -30,6 +30,33 @@ def test_measurement_takes_the_batches_that_validation_takes(
     by_lightning = len(seen)
     measure(trainer, module)
     assert (by_lightning, len(seen) - by_lightning) == (batches, batches)
+
+
+def test_measurement_leaves_out_dropout_and_leaves_the_student_training(text: Path, tmp_path: Path):
+    teacher = runs.save_teacher(tmp_path / "teacher", dropout=0.5)
+    module, trainer = runs.student_of(teacher), runs.trainer_for(tmp_path)
+    trainer.validate(module, runs.data_for(teacher, text), verbose=False)
+    module.student.train()
+    first, second = (measure(trainer, module) for _ in range(2))
+    assert first == second
+    assert module.student.training
+
+
+class Modes(Callback):
+    """Whether the student is in training mode, by step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, bool] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: DistillationModule, *_: object) -> None:
+        self.seen[trainer.global_step] = all(module.training for module in pl_module.student.modules())
+
+
+def test_student_goes_on_training_behind_merges(tiny_folder: Path, text: Path, tmp_path: Path):
+    modes = Modes()
+    trainer = runs.trainer_for(tmp_path, modes, runs.two_merges(), max_steps=9)
+    trainer.fit(runs.student_of(tiny_folder), datamodule=runs.data_for(tiny_folder, text))
+    assert modes.seen == dict.fromkeys(range(9), True)
 
 
 def test_merge_without_validation_measures_nothing_it_has_not_seen(tiny_folder: Path, text: Path, tmp_path: Path):

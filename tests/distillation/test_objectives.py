@@ -14,8 +14,11 @@ from lcprune.distillation.objectives import Forward, next_tokens, objective, run
 from lcprune.distillation.teacher import Teacher, second_view
 from lcprune.errors import InputError
 from lcprune.merging import surgery
+from lcprune.merging.architectures import layout_of
 from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.merging.operators import Drop, spec_of
 from tests import builders
+from tests.builders import Family
 
 UNMERGED = MergeHistory(6)
 MERGED = MergeHistory(6, (MergeStep((1, 2, 3), {"class_path": "Drop"}, (1.0, 0.0, 0.0)),))
@@ -101,6 +104,12 @@ def test_unmerged_student_has_nothing_to_learn(batch: dict[str, Tensor], kind: s
     terms = objective(levels, both, MERGED.lineage)
     assert terms["logits"].item() > 0.01
     assert terms["boundary"].item() > 0.01
+
+
+def test_boundary_that_is_scaled_to_logits_without_a_difference_is_zero(batch: dict[str, Tensor]):
+    levels = (Logits(), Boundary(layers="all", distance="mse", scale="logits"))
+    both, _, _ = passes(batch, UNMERGED, levels)
+    assert objective(levels, both, UNMERGED.lineage)["loss"].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_labels_of_minus_100_never_count(batch: dict[str, Tensor]):
@@ -201,6 +210,34 @@ def test_local_on_the_students_own_inputs_keeps_the_gradient_in_the_layer(batch:
     objective((level,), both, history.lineage)["loss"].backward()
     reached = {name.split(".")[2] for name, p in student.named_parameters() if p.grad is not None}
     assert reached == {"1", "2"}
+
+
+def test_local_on_the_students_own_inputs_sends_no_gradient_to_the_layers_before(batch: dict[str, Tensor]):
+    gradients = []
+    for levels in ((Labels(),), (Labels(), Local(inputs="student"))):
+        both, student, _ = passes(batch, MERGED, levels)
+        objective(levels, both, MERGED.lineage)["loss"].backward()
+        gradients.append(student.model.layers[0].mlp.down_proj.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2"])
+def test_local_runs_a_merged_layer_as_the_kind_that_it_has_become(batch: dict[str, Tensor], family: Family):
+    model, passing_on = (builders.tiny_llama(model_type=family) for _ in range(2))
+    layout = layout_of(model.config)
+    kinds = [layout.kind_of(model.config, place) for place in range(6)]
+    base = next(place for place in range(5) if kinds[place] != kinds[place + 1])
+    history = MergeHistory(6, (MergeStep((base, base + 1), spec_of(Drop("last")), (0.0, 1.0)),))
+    student = second_view(model)
+    surgery.apply(student, history.steps[0])
+    both = run((Local(),), batch, student, Teacher(model), history.lineage)
+    # What the last member, which is left, makes of the stream before the first: as if that had passed it on.
+    with torch.no_grad():
+        first = layout.layers_of(passing_on)[base]
+        for matrix in (first.self_attn.o_proj, first.mlp.down_proj):
+            matrix.weight.zero_()
+        expected = passing_on(batch["input_ids"], output_hidden_states=True).hidden_states[base + 2]
+    torch.testing.assert_close(both.alone[base], expected)
 
 
 def test_nothing_is_run_that_no_level_needs(batch: dict[str, Tensor]):

@@ -264,6 +264,16 @@ def test_state_dict_reproduces_all_later_rates(stop: int, kind: type[Rewarming])
     assert rates(resumed_optimizer, resumed, 14 - stop, later) == whole[stop:]
 
 
+def test_peak_set_since_the_checkpoint_is_the_initial_rate_of_every_group():
+    _, was = made(warmup_steps=2, total_steps=10)
+    optimizer, scheduler = made(warmup_steps=2, total_steps=10)
+    was.base_lrs = [0.5, 10.0]
+    for group, peak in zip(optimizer.param_groups, was.base_lrs, strict=True):
+        group["initial_lr"] = peak  # as the optimizer's own state leaves it
+    scheduler.load_state_dict(was.state_dict())
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1.0, 20.0]
+
+
 @pytest.mark.parametrize(
     "wrong", [{"warmup_steps": -1}, {"rewarm_steps": -1}, {"floor": 1.5}, {"floor": -0.1}, {"total_steps": 0}]
 )

@@ -1,4 +1,4 @@
-"""What a recipe says of optimizer and schedule when a run goes on: other settings than the checkpoint's count."""
+"""What a recipe says when a run goes on: settings of optimizer, schedule and training other than the checkpoint's."""
 
 import logging
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
+from lcprune import AtSteps, Drop, FixedPlan, ProgressiveCollapse
 from lcprune.distillation.module import DistillationModule
 from lcprune.distillation.optim import RewarmingCosine
 from tests.distillation import runs
@@ -62,6 +63,22 @@ def test_other_peak_and_curve_count_from_the_resume_on(run: Run, caplog: pytest.
     wanted = other(probe).curve
     assert [group["lr"] for group in seen] == pytest.approx([1e-4 * wanted(step) for step in (3, 4, 5)])
     assert "lr [0.0001] (was [0.01]), floor 0.1 (was 0.5)" in caplog.text
+
+
+def test_prefix_that_was_trained_before_is_not_the_teachers_where_only_layers_behind_it_are_trained_now(
+    tiny_folder: Path, text: Path, tmp_path: Path
+):
+    data = runs.data_for(tiny_folder, text)
+    collapse = ProgressiveCollapse(AtSteps({0: 5}), planner=FixedPlan([[3, 4]]), operator=Drop("last"))
+    trainer = runs.trainer_for(tmp_path, collapse, max_steps=2)
+    trainer.fit(runs.student_of(tiny_folder, train="all"), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "all.ckpt")
+    module = runs.student_of(tiny_folder, train="after_merge")
+    runs.trainer_for(tmp_path).validate(module, data, ckpt_path=str(tmp_path / "all.ckpt"), verbose=False)
+    assert module.teacher is not None
+    mine, original = (model.model.layers[0].mlp.down_proj.weight for model in (module.student, module.teacher.model))
+    assert not torch.equal(mine, original)
+    assert not module._prefix_is_original
 
 
 @pytest.mark.parametrize("schedule", [runs.COSINE, partial(OneCycleLR, max_lr=1e-2, total_steps=9), None])
