@@ -68,10 +68,10 @@ def test_type_checkers_see_every_public_name():
 @pytest.mark.slow
 def test_user_s_file_is_checked_strictly_and_a_misspelt_name_is_an_error(tmp_path: Path):
     pytest.importorskip("mypy")
-    wrong = 'lcprune.Evently(20)\nlcprune.Evenly("20")\n'
+    wrong = 'lcprune.Evently(20)\nlcprune.Evenly(20, merges="3")\n'
     found = checked(USER + wrong, tmp_path)
     first = USER.count("\n") + 1
     errors = [line for line in found.stdout.splitlines() if " error: " in line]
     assert [line.split(":")[1] for line in errors] == [str(first), str(first + 1)], found.stdout
     assert 'no attribute "Evently"' in errors[0]
-    assert '"Evenly" has incompatible type "str"; expected "int"' in errors[1]
+    assert '"merges" to "Evenly" has incompatible type "str"; expected "int"' in errors[1]
