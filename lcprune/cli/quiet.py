@@ -15,7 +15,8 @@ def quieten() -> None:
     transformers_logging.disable_progress_bar()
     no_data_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a missing network is told once, by our own sentence
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    saving = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", saving):
         logging.getLogger(name).addFilter(_no_hints)
     for pattern in (
         r".*does not have many workers.*",
@@ -38,6 +39,7 @@ def _one_line(
 
 
 def _no_hints(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(
-        ("💡", "Seed set", "GPU available", "TPU available", "HPU available", "Using bfloat16", "Loading `train")
-    )
+    devices = ("GPU available", "TPU available", "HPU available", "Using bfloat16")
+    # The last is about what a checkpoint holds, and reads as if it were about how one is loaded.
+    others = ("💡", "Seed set", "Loading `train", "`weights_only` was not set")
+    return not record.getMessage().startswith(devices + others)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -359,6 +360,13 @@ def test_warning_is_one_line_without_its_place_in_the_code(monkeypatch: pytest.M
     quieten()
     shown = warnings.formatwarning("no merge\n is due", UserWarning, "module.py", 3, "rank_zero_warn(")
     assert shown == "warning: no merge is due\n"
+
+
+def test_nothing_is_said_of_what_checkpoints_hold():
+    quieten()
+    logger = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    said = "`weights_only` was not set, defaulting to `False`."
+    assert not logger.filter(logger.makeRecord(logger.name, logging.INFO, __file__, 1, said, (), None))
 
 
 def test_recipe_of_a_run_serves_the_commands_that_do_not_train(
