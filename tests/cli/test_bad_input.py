@@ -9,7 +9,8 @@ import pytest
 
 from lcprune.cli import main
 from tests.builders import save_tiny, tiny_llama
-from tests.cli.corpus import CHECKPOINTS, COMMANDS, DATA, MODELS, PLANS, RECIPES, TEXTS, Parts
+from tests.cli.corpus import COMMANDS, DATA, RECIPES, TEXTS, Parts
+from tests.cli.corpus_files import CHECKPOINTS, MODELS, PLANS
 from tests.cli.recipe import recipe, text_file, write
 
 

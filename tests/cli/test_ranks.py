@@ -44,6 +44,13 @@ class Ranks:
         children = Path(f"/proc/{self.first.pid}/task/{self.first.pid}/children").read_text().split()
         return next(int(child) for child in children if b"lcprune" in Path(f"/proc/{child}/cmdline").read_bytes())
 
+    def strike(self, whom: str, number: int) -> int:
+        """Sends a signal to the first or the second once both train, and returns the second."""
+        self.wait_for("step=3.ckpt")
+        first, second = self.first.pid, self.second
+        os.kill({"first": first, "second": second}[whom], number)
+        return second
+
     def end(self, seconds: float = 60) -> tuple[int, str]:
         """Status and last words of the first."""
         try:
@@ -98,9 +105,7 @@ TWO = {"trainer__devices": 2, "trainer__strategy": "ddp", "trainer__max_steps": 
 @pytest.mark.parametrize("victim", ["first", "second"])
 def test_rank_that_dies_takes_the_others_with_it_within_a_minute(tiny_folder: Path, tmp_path: Path, victim: str):
     ranks = Ranks(checkpointed(tiny_folder, tmp_path, **TWO))
-    ranks.wait_for("step=3.ckpt")
-    first, second = ranks.first.pid, ranks.second
-    os.kill({"first": first, "second": second}[victim], signal.SIGKILL)
+    second = ranks.strike(victim, signal.SIGKILL)
     status, words = ranks.end()
     assert _gone(second)
     assert status != 0
@@ -112,9 +117,7 @@ def test_rank_that_dies_takes_the_others_with_it_within_a_minute(tiny_folder: Pa
 @pytest.mark.parametrize("told", ["first", "second"])
 def test_sigterm_to_one_rank_stops_all_behind_the_same_step(tiny_folder: Path, tmp_path: Path, told: str):
     ranks = Ranks(checkpointed(tiny_folder, tmp_path, **TWO))
-    ranks.wait_for("step=3.ckpt")
-    first, second = ranks.first.pid, ranks.second
-    os.kill({"first": first, "second": second}[told], signal.SIGTERM)
+    second = ranks.strike(told, signal.SIGTERM)
     status, words = ranks.end()
     assert _gone(second)
     assert status == 143, words[-3000:]

@@ -18,21 +18,13 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lcprune.delivery import export as delivery
-from lcprune.delivery.export import check_target, export, export_stream
-from lcprune.errors import DiskError, InputError, RunError
-from lcprune.merging.lineage import MergeHistory, MergeStep
+from lcprune.delivery.export import export, export_stream
+from lcprune.errors import DiskError, RunError
+from lcprune.merging.lineage import MergeHistory
 from lcprune.merging.streaming import stored_tensors
 from lcprune.weights import size_of
-from tests.builders import FAMILIES, Family, tiny_llama, tiny_tokenizer, token_batches
-
-HISTORY = MergeHistory(
-    teacher_depth=6,
-    steps=(
-        MergeStep((3, 4), {"class_path": "lcprune.merging.operators.Drop"}, (1.0, 0.0), global_step=40),
-        MergeStep((1, 2), {"class_path": "WeightedAverage"}, (0.25, 0.75), scores={"bi": 0.5}, global_step=80),
-    ),
-    teacher="example/tiny",
-)
+from tests.builders import FAMILIES, Family, tiny_llama, token_batches
+from tests.delivery.exports import HISTORY, contents
 
 # Plain transformers: importing lcprune fails here, however it is installed.
 RELOAD = """
@@ -49,16 +41,6 @@ for folder in sys.argv[1:]:
     cached, plain = (model.generate(ids, use_cache=use, **options) for use in (True, False))
     assert cached.shape[1] == ids.shape[1] + 8 and torch.equal(cached, plain)
 """
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One of its own per test: some tests break its save_pretrained."""
-    return tiny_tokenizer()
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def _failing(error: BaseException) -> Callable[..., None]:
@@ -135,7 +117,7 @@ def test_export_keeps_history_and_recipe(tmp_path: Path, tokenizer: PreTrainedTo
     out = export(tiny_llama(4), tmp_path / "a" / "b", tokenizer=tokenizer, history=HISTORY, recipe=recipe)
     assert MergeHistory.load(out / "history.json") == HISTORY
     assert (out / "recipe.yaml").read_text(encoding="utf-8") == recipe
-    assert {"model.safetensors", "generation_config.json", "tokenizer.json"} <= set(_contents(out))
+    assert {"model.safetensors", "generation_config.json", "tokenizer.json"} <= set(contents(out))
 
 
 def test_export_leaves_the_student_as_it_was(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
@@ -175,11 +157,11 @@ def test_export_that_fails_leaves_everything_as_it_was(
     out = tmp_path / "short"
     if earlier:
         export(tiny_llama(4, seed=1), out, tokenizer=tokenizer, history=HISTORY)
-    before = _contents(tmp_path)
+    before = contents(tmp_path)
     monkeypatch.setattr(tokenizer, "save_pretrained", _failing(error))
     with pytest.raises(raised) as caught:
         export(tiny_llama(4), out, tokenizer=tokenizer, history=HISTORY)
-    assert _contents(tmp_path) == before
+    assert contents(tmp_path) == before
     assert list(tmp_path.iterdir()) == ([out] if earlier else [])
     if raised is not KeyboardInterrupt:
         assert str(out) in str(caught.value)
@@ -241,7 +223,7 @@ def test_export_puts_the_earlier_one_back_when_the_rename_fails(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ):
     out = export(tiny_llama(4, seed=1), tmp_path / "short", tokenizer=tokenizer, history=HISTORY)
-    before = _contents(tmp_path)
+    before = contents(tmp_path)
     rename = Path.rename
 
     def fails_for_the_new_one(path: Path, target: Path) -> Path:
@@ -252,81 +234,7 @@ def test_export_puts_the_earlier_one_back_when_the_rename_fails(
     monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
     with pytest.raises(OSError, match="Input/output error"):
         export(tiny_llama(4), out, tokenizer=tokenizer, history=HISTORY)
-    assert _contents(tmp_path) == before
-
-
-def test_export_replaces_an_earlier_one_entirely(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
-    out = tmp_path / "short"
-    out.mkdir()
-    export(tiny_llama(4, seed=1), out, tokenizer=tokenizer, history=HISTORY, recipe="old: 1\n")
-    export(tiny_llama(4, seed=2), out, tokenizer=tokenizer, history=HISTORY)
-    assert torch.equal(
-        load_file(out / "model.safetensors")["model.embed_tokens.weight"],
-        tiny_llama(4, seed=2).state_dict()["model.embed_tokens.weight"],
-    )
-    assert not (out / "recipe.yaml").exists()
-    assert list(tmp_path.iterdir()) == [out]
-
-
-@pytest.mark.parametrize("files", [["notes.txt"], ["history.json", "checkpoints/last.ckpt"], ["config.json"]])
-def test_export_refuses_a_folder_that_is_not_an_export(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, files: list[str]
-):
-    out = tmp_path / "mine"
-    for name in files:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text("precious")
-    before = _contents(tmp_path)
-    with pytest.raises(InputError, match=str(out)):
-        export(tiny_llama(4), out, tokenizer=tokenizer, history=HISTORY)
-    assert _contents(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["notes.txt", "checkpoints/last.ckpt", "checkpoint-500/config.json", "tokenizer.json/mine", "other.safetensors"],
-)
-def test_export_refuses_an_earlier_one_that_holds_what_no_export_writes(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str
-):
-    out = export(tiny_llama(4), tmp_path / "mine", tokenizer=tokenizer, history=HISTORY)
-    for written in ("evaluation.json", "report.html", "report-tree.svg", "report-1-stream-student.png"):
-        (out / written).touch()
-    check_target(out)
-    place = out / name
-    if place.parent != out:
-        place.parent.unlink(missing_ok=True)
-        place.parent.mkdir()
-    place.write_text("precious")
-    before = _contents(tmp_path)
-    with pytest.raises(InputError, match=f"holds {name.split('/')[0]}, which no export has written"):
-        export(tiny_llama(4), out, tokenizer=tokenizer, history=HISTORY)
-    assert _contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("below", ["", "checkpoint-500"])
-def test_check_target_refuses_what_the_student_is_made_of(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, below: str
-):
-    out = export(tiny_llama(4), tmp_path / "mine", tokenizer=tokenizer, history=HISTORY)
-    (out / below).mkdir(exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "link").symlink_to(out / below)
-    for given in (out / below, f"mine/{below}", "link"):
-        with pytest.raises(InputError, match=f"holds model.student={given}, which stays as it is"):
-            check_target(Path("mine"), {"model.teacher": ["owner/mine"], "model.student": [given]})
-
-
-@pytest.mark.parametrize("name", ["file", "file/below", "file/below/further"])
-def test_check_target_refuses_what_cannot_be_a_folder(tmp_path: Path, name: str):
-    (tmp_path / "file").write_text("precious")
-    with pytest.raises(InputError, match="out="):
-        check_target(tmp_path / name)
-
-
-def test_check_target_makes_nothing(tmp_path: Path):
-    check_target(tmp_path / "a" / "b")
-    assert not any(tmp_path.iterdir())
+    assert contents(tmp_path) == before
 
 
 def _turn_faster(folder: Path) -> None:

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from lcprune.errors import InputError
 from lcprune.merging import operators, refit, specs
-from lcprune.merging.activity import Activity
-from lcprune.merging.architectures import LayerLayout
 from lcprune.merging.collapse import plan
 from lcprune.merging.lineage import Lineage
-from lcprune.merging.operators import Drop, LayerTensors, Operator
+from lcprune.merging.operators import Drop, Operator, WeightedAverage
 from lcprune.merging.refit import Refit, RidgeRefit
 from lcprune.merging.streams import Stream
 from tests.builders import tiny_llama
@@ -24,14 +21,7 @@ from tests.merging.planning import plain
 class MyOperator(Operator):
     strength: float = 1.0
 
-    def merge(
-        self,
-        members: Sequence[LayerTensors],
-        shares: Sequence[float],
-        layout: LayerLayout,
-        activity: Sequence[Activity] = (),
-    ) -> dict[str, Tensor]:
-        return dict(members[0])
+    merge = WeightedAverage.merge
 
 
 @dataclass(frozen=True)
@@ -43,14 +33,7 @@ class MyRefit(Refit):
 
 
 class NoDataclass(Operator):
-    def merge(
-        self,
-        members: Sequence[LayerTensors],
-        shares: Sequence[float],
-        layout: LayerLayout,
-        activity: Sequence[Activity] = (),
-    ) -> dict[str, Tensor]:
-        return dict(members[0])
+    merge = WeightedAverage.merge
 
 
 class Box:
