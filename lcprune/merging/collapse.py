@@ -172,10 +172,10 @@ def check(
         feasible_depths(planner, depth)
     else:
         check_target(planner, done if done is not None else MergeHistory(depth), target)
-    specs.check_kind(Operator, operator)
+    specs.check_nameable(Operator, operator)
     operator.check(layout)
     if refit is not None:
-        specs.check_kind(Refit, refit)
+        specs.check_nameable(Refit, refit)
         refit.check(layout)
 
 
@@ -317,9 +317,8 @@ def collapse(
         known=known,
     )
     earlier = () if history is None else history.steps
-    rest = replace(
-        whole, teacher_depth=len(layout_of(model.config).layers_of(model)), steps=whole.steps[len(earlier) :]
-    )
+    rest = whole if history is None else whole.after(history)
+    assert rest is not None  # it goes on from there
     _carry_out(model, rest, batches, known, earlier)
     remember(model, whole)
     return whole

@@ -15,7 +15,7 @@ from lcprune.errors import InputError
 Member = TypeVar("Member")
 
 
-def check_kind(family: type[Member], member: Member) -> None:
+def check_nameable(family: type[Member], member: Member) -> None:
     """Refuses an object of a class that no plan can name.
 
     Args:
@@ -39,8 +39,8 @@ def check_kind(family: type[Member], member: Member) -> None:
 
 
 def spec_of(family: type[Member], member: Member) -> dict[str, object]:
-    """An operator or refit as plain data; raises InputError as `check_kind` does."""
-    check_kind(family, member)
+    """An operator or refit as plain data; raises InputError as `check_nameable` does."""
+    check_nameable(family, member)
     kind = type(member)
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(member)}  # type: ignore[call-overload]
 
